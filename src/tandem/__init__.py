@@ -1,0 +1,1 @@
+"""Tandem: large language models served with prefill and decode on separate workers."""

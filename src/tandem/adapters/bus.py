@@ -1,0 +1,61 @@
+"""The port to the message bus, and its in-memory twin.
+
+What the rest relies on (tests/contract/test_bus.py runs it over both): at-most-once, ordered per publisher and
+subject; a publish with a reply subject to a subject that nobody subscribes to brings back a Message with
+``no_responders`` on that reply subject; a publish never blocks: it is buffered, and the buffer's bound is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    subject: str
+    data: bytes
+    reply: str = ""
+    #: The server's 503: nobody subscribes to the subject that was published to with this reply subject.
+    no_responders: bool = False
+
+
+Handler = Callable[[Message], None]
+
+
+class Subscription(Protocol):
+    async def unsubscribe(self) -> None: ...
+
+
+class Bus(Protocol):
+    @property
+    def connected(self) -> bool: ...
+
+    @property
+    def reconnected_at(self) -> float:
+        """Monotonic time of the last (re)connect; 0.0 before the first."""
+        ...
+
+    @property
+    def max_payload(self) -> int:
+        """Bytes that one message may carry."""
+        ...
+
+    def publish(self, subject: str, data: bytes, reply: str = "") -> None:
+        """Buffers and returns. PayloadTooLarge over ``max_payload``; BusUnavailable when closed or the buffer is full."""
+        ...
+
+    async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
+        """``handler`` runs on the loop, in order, and must not raise (what it raises is logged and counted)."""
+        ...
+
+    async def request(self, subject: str, data: bytes, *, timeout_s: float) -> bytes:
+        """NoWorkers if nobody listens, RequestTimeout after ``timeout_s``."""
+        ...
+
+    async def flush(self, *, timeout_s: float) -> None:
+        """Returns when the server has everything published so far. BusUnavailable on time-out."""
+        ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,205 @@
+"""Every error that crosses a process border or reaches a user, in one tree.
+
+    TandemError
+    ├── InvalidRequest            the client's mistake; never retryable as it is
+    │   ├── ContextLengthExceeded
+    │   ├── UnknownModel
+    │   ├── PayloadTooLarge
+    │   ├── Unauthenticated
+    │   └── PermissionDenied
+    ├── Refused                   the cluster will not take it now
+    │   ├── Overloaded
+    │   ├── DeadlineInfeasible
+    │   └── NoWorkers
+    ├── TimedOut
+    │   ├── QueueTimeout
+    │   └── RequestTimeout
+    ├── Cancelled
+    ├── Lost                      a part of the cluster went away under the request
+    │   ├── NoLeader
+    │   ├── WorkerLostError
+    │   ├── HandoffFailed
+    │   ├── EngineFailed
+    │   ├── StaleEpoch
+    │   ├── UnknownRequest
+    │   └── BusUnavailable
+    ├── StoreUnavailable          Redis
+    ├── IncompatibleWorker        registration refused
+    ├── ConfigError               a user's mistake in settings or the deployment file
+    └── InternalError             a defect of ours
+
+Each class declares, once, its stable ``code`` (on the wire, in logs and metrics), whether the same request may
+succeed if sent again (``retryable``), and a one-line ``meaning``. The mapping to HTTP and gRPC status is one table
+per edge; a test asserts that every class is in every table.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TandemError(Exception):
+    """Base. ``message`` is for people; ``code`` is for programs."""
+
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+    meaning: ClassVar[str] = "Base of all errors."
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.message = message
+        #: Name of the offending request field or setting, where there is one.
+        self.param = param
+        #: Seconds after which a retry has a chance; 0 = not known.
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(TandemError):
+    code = "invalid_request"
+    meaning = "A field of the request is missing, malformed or out of range."
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+    meaning = "Prompt plus requested output is longer than the model's context."
+
+
+class UnknownModel(InvalidRequest):
+    code = "model_not_found"
+    meaning = "No model of that name is served."
+
+
+class PayloadTooLarge(InvalidRequest):
+    code = "payload_too_large"
+    meaning = "The request is larger than the configured limit."
+
+
+class Unauthenticated(InvalidRequest):
+    code = "invalid_api_key"
+    meaning = "The API key is missing or unknown."
+
+
+class PermissionDenied(InvalidRequest):
+    code = "permission_denied"
+    meaning = "The tenant may not do this."
+
+
+class Refused(TandemError):
+    code = "refused"
+    retryable = True
+    meaning = "The cluster does not take the request now."
+
+
+class Overloaded(Refused):
+    code = "overloaded"
+    meaning = "The queue of this model is full."
+
+
+class DeadlineInfeasible(Refused):
+    code = "deadline_infeasible"
+    meaning = "The SLO that the request asks for cannot be met now."
+
+
+class NoWorkers(Refused):
+    code = "no_workers"
+    meaning = "No worker that could run this request is alive."
+
+
+class TimedOut(TandemError):
+    code = "timed_out"
+    retryable = True
+    meaning = "A wait reached its deadline."
+
+
+class QueueTimeout(TimedOut):
+    code = "queue_timeout"
+    meaning = "The request waited in the queue for its whole time limit."
+
+
+class RequestTimeout(TimedOut):
+    code = "request_timeout"
+    meaning = "The request did not end within its time limit."
+
+
+class Cancelled(TandemError):
+    code = "cancelled"
+    meaning = "The client cancelled the request."
+
+
+class Lost(TandemError):
+    code = "lost"
+    retryable = True
+    meaning = "A part of the cluster went away under the request."
+
+
+class NoLeader(Lost):
+    code = "no_leader"
+    meaning = "No router leads this model at the moment."
+
+
+class WorkerLostError(Lost):
+    code = "worker_lost"
+    meaning = "The worker that held the request died."
+
+
+class HandoffFailed(Lost):
+    code = "handoff_failed"
+    meaning = "The KV blocks could not be handed from the prefill to the decode worker."
+
+
+class EngineFailed(Lost):
+    code = "engine_failed"
+    meaning = "The engine reported an error for this request."
+
+
+class StaleEpoch(Lost):
+    code = "stale_epoch"
+    meaning = "The router that sent this is no longer the leader."
+
+
+class UnknownRequest(Lost):
+    code = "unknown_request"
+    meaning = "The worker does not know this request (any more)."
+
+
+class BusUnavailable(Lost):
+    code = "bus_unavailable"
+    meaning = "The message bus is not reachable."
+
+
+class StoreUnavailable(TandemError):
+    code = "store_unavailable"
+    retryable = True
+    meaning = "Redis is not reachable."
+
+
+class IncompatibleWorker(TandemError):
+    code = "incompatible_worker"
+    meaning = "A worker differs from the others of its model in something that they must share."
+
+
+class ConfigError(TandemError):
+    code = "config_error"
+    meaning = "A setting or the deployment file is wrong."
+
+
+class InternalError(TandemError):
+    code = "internal_error"
+    meaning = "A defect in Tandem."
+
+
+def all_errors() -> dict[str, type[TandemError]]:
+    """Every class below TandemError by its code."""
+    found: dict[str, type[TandemError]] = {}
+    todo: list[type[TandemError]] = [TandemError]
+    while todo:
+        for sub in todo.pop().__subclasses__():
+            found[sub.code] = sub
+            todo.append(sub)
+    return found
+
+
+def from_code(code: str, message: str, *, retry_after_s: float = 0.0) -> TandemError:
+    """The error a peer reported by ``code``; an unknown code (a newer peer's) becomes InternalError."""
+    cls = all_errors().get(code, InternalError)
+    return cls(message, retry_after_s=retry_after_s)

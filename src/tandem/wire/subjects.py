@@ -1,0 +1,77 @@
+"""Every NATS subject, one function each.
+
+``tandem.<cluster>.<kind>.<token>...``; each variable token is encoded, because model names hold ``.`` and ``/``.
+"""
+
+from __future__ import annotations
+
+_SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
+
+
+def encode(token: str) -> str:
+    """One subject token: letters, digits and ``-`` stay, every other UTF-8 byte becomes ``_xx``. Injective."""
+    if not token:
+        return "_"
+    return "".join(chr(b) if chr(b) in _SAFE else f"_{b:02x}" for b in token.encode())
+
+
+def leader(cluster: str, model: str) -> str:
+    """router leader -> everyone: LeaderAnnouncement."""
+    return f"tandem.{encode(cluster)}.leader.{encode(model)}"
+
+
+def all_leaders(cluster: str) -> str:
+    return f"tandem.{encode(cluster)}.leader.*"
+
+
+def requests(cluster: str, model: str, router: str) -> str:
+    """frontend -> one router instance: Submit."""
+    return f"tandem.{encode(cluster)}.requests.{encode(model)}.{encode(router)}"
+
+
+def work(cluster: str, worker: str) -> str:
+    """router, prefill worker or frontend -> one worker: WorkerMessage."""
+    return f"tandem.{encode(cluster)}.work.{encode(worker)}"
+
+
+def tokens(cluster: str, frontend: str) -> str:
+    """worker or router -> one frontend: TokenFrame."""
+    return f"tandem.{encode(cluster)}.tokens.{encode(frontend)}"
+
+
+def bounces(cluster: str, sender: str) -> str:
+    """Prefix of the reply subjects of one sender, whose last token says what it was sent about."""
+    return f"tandem.{encode(cluster)}.bounces.{encode(sender)}.*"
+
+
+def bounce(cluster: str, sender: str, about: str) -> str:
+    """Reply subject of a message: the server's 503 (no responders) comes back here. ``about`` = whom it was for."""
+    return f"tandem.{encode(cluster)}.bounces.{encode(sender)}.{encode(about)}"
+
+
+def aborts(cluster: str, model: str) -> str:
+    """frontend -> router and workers of the model: Abort."""
+    return f"tandem.{encode(cluster)}.aborts.{encode(model)}"
+
+
+def load(cluster: str, worker: str) -> str:
+    """worker -> routers, console: LoadReport."""
+    return f"tandem.{encode(cluster)}.load.{encode(worker)}"
+
+
+def all_loads(cluster: str) -> str:
+    return f"tandem.{encode(cluster)}.load.*"
+
+
+def events(cluster: str, model: str) -> str:
+    """worker -> routers, console: LifecycleEvents."""
+    return f"tandem.{encode(cluster)}.events.{encode(model)}"
+
+
+def lost(cluster: str, model: str) -> str:
+    """router leader -> frontends and workers: WorkerLost."""
+    return f"tandem.{encode(cluster)}.lost.{encode(model)}"
+
+
+def all_lost(cluster: str) -> str:
+    return f"tandem.{encode(cluster)}.lost.*"
