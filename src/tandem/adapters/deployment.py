@@ -37,7 +37,7 @@ class Pool(_Part):
     engine: Literal["vllm", "sim"] = Field("vllm", description="vllm, or the simulated engine")
     engine_args: dict[str, Any] = Field(
         default_factory=dict,
-        description="passed to the engine: vLLM's AsyncEngineArgs, or the simulated engine's options",
+        description="for the engine: vLLM's AsyncEngineArgs, or the simulated engine's options",
     )
     env: dict[str, str] = Field(default_factory=dict, description="extra environment of the worker processes")
 
@@ -53,7 +53,7 @@ class Model(_Part):
     path: str = Field(description="folder with weights, tokenizer and chat template (Hugging Face layout)")
     max_model_len: Annotated[int, Field(ge=16)] = Field(4096, description="tokens of prompt plus output")
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(
-        32, description="tokens in a KV block; multiples of 32 on a CPU"
+        32, description="tokens of a KV block; a multiple of 32 on a CPU"
     )
     dtype: str = Field("auto", description="of weights and KV: bfloat16, float16, float32 or auto")
     kv_lease_s: Annotated[float, Field(gt=2, le=600)] = Field(
@@ -85,13 +85,9 @@ class Class(_Part):
     tpot_slo_s: float | None = Field(None, gt=0, description="opt-in SLO: mean seconds per output token")
     ordering_deadline_s: float = Field(5.0, gt=0, description="orders requests of equal standing; refuses nothing")
     timeout_s: float = Field(600.0, gt=0, description="hard limit of a request, seconds")
-    min_share: float = Field(
-        0.0, ge=0, lt=1, description="share of prefill time that this class is guaranteed under load"
-    )
+    min_share: float = Field(0.0, ge=0, lt=1, description="share of prefill time guaranteed under load")
     background: bool = Field(False, description="fills what the others leave, under guard")
-    best_effort: bool = Field(
-        False, description="what cannot meet its SLO runs behind the rest instead of being refused"
-    )
+    best_effort: bool = Field(False, description="late requests run behind the rest instead of being refused")
 
 
 class Tenant(_Part):
@@ -126,14 +122,10 @@ class Deployment(_Part):
     cluster: str = Field("default", description="name space of subjects and keys")
     http: Endpoint = Field(Endpoint(port=8000), description="the frontend's OpenAI API")
     grpc: Endpoint = Field(Endpoint(port=9000), description="the frontend's gRPC API")
-    frontends: int = Field(
-        1, ge=1, le=64, description="frontend processes (the first takes the ports above, others the next)"
-    )
+    frontends: int = Field(1, ge=1, le=64, description="frontend processes; each next one takes the next ports")
     routers: int = Field(1, ge=1, le=8, description="router processes: one leads, the others stand by")
     models: Annotated[tuple[Model, ...], Field(min_length=1)] = Field(description="what is served")
-    classes: tuple[Class, ...] = Field(
-        (Class(name="interactive"),), description="request classes; the first is the default"
-    )
+    classes: tuple[Class, ...] = Field((Class(name="interactive"),), description="the first is the default")
     tenants: tuple[Tenant, ...] = Field((), description="API keys; empty = no authentication, one tenant `default`")
     policy: dict[str, Any] = Field(default_factory=dict, description="scheduling knobs (tandem.core.policy.Policy)")
     limits: Limits = Limits()
