@@ -1,5 +1,58 @@
-PY := .venv/bin/python
+# One command per habit; CI runs exactly these.
+#
+#   make up          set everything up (once) and start a cluster in the foreground
+#   make test        set everything up and run checks and all tests
+#   make help        the rest
+#
+# ENGINE=sim sets up and starts the simulated engine alone: neither torch nor vLLM. ARGS="..." goes to `tandem up`.
 
-.PHONY: proto
-proto:
-	$(PY) -m grpc_tools.protoc -Iproto --python_out=src --pyi_out=src --grpc_python_out=src proto/tandem/v1/*.proto
+ENGINE ?= vllm
+ARGS ?=
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+    if $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then command -v $$p; exit; fi; \
+    done; echo python3)
+PY := .venv/bin/python
+SETUP = $(firstword $(wildcard $(PY)) $(PYTHON)) scripts/setup.py
+ENGINE_FLAG := $(if $(filter sim,$(ENGINE)),--engine sim)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev up test check unit contract integration e2e proto docs lock format clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+
+setup:  ## .venv with pinned packages, and the model
+	@$(SETUP) --engine $(ENGINE)
+
+setup-dev:  ## the same, and what tests and checks need
+	@$(SETUP) --engine $(ENGINE) --dev
+
+up: setup  ## start a cluster in the foreground; Ctrl-C ends it
+	@exec .venv/bin/tandem up $(ENGINE_FLAG) $(ARGS)
+
+test: setup-dev  ## checks, then all tests, the quick ones first
+	@$(PY) scripts/check.py
+	@$(PY) -m pytest tests/unit tests/contract tests/integration tests/e2e
+
+check: setup-dev  ## ruff, mypy, import-linter, buf, generated code and pages up to date
+	@$(PY) scripts/check.py
+
+unit contract integration e2e: setup-dev  ## one test suite
+	@$(PY) -m pytest tests/$@
+
+proto: setup-dev  ## generate src/tandem/v1 from proto/
+	@$(PY) scripts/proto.py
+
+docs: setup-dev  ## generate the reference pages in docs/
+	@$(PY) docs/generate.py
+
+format: setup-dev  ## format the code
+	@$(PY) -m ruff check --fix --quiet .
+	@$(PY) -m ruff format --quiet .
+
+lock: setup-dev  ## write requirements/{base,dev}.lock again after a change in pyproject.toml
+	@$(PY) requirements/lock.py
+
+clean:  ## remove .venv and all caches of the tools
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build src/*.egg-info *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
