@@ -233,12 +233,14 @@ class TokenFrame(_message.Message):
     def __init__(self, worker: _Optional[_Union[_types_pb2.WorkerRef, _Mapping]] = ..., rids: _Optional[_Iterable[int]] = ..., seqs: _Optional[_Iterable[int]] = ..., counts: _Optional[_Iterable[int]] = ..., tokens: _Optional[bytes] = ..., placed: _Optional[_Iterable[_Union[Placed, _Mapping]]] = ..., finishes: _Optional[_Iterable[_Union[Finish, _Mapping]]] = ..., rejects: _Optional[_Iterable[_Union[Reject, _Mapping]]] = ..., logprobs: _Optional[_Iterable[_Union[LogprobsUpdate, _Mapping]]] = ...) -> None: ...
 
 class Abort(_message.Message):
-    __slots__ = ("id", "max_attempt")
+    __slots__ = ("id", "max_attempt", "choice")
     ID_FIELD_NUMBER: _ClassVar[int]
     MAX_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
     id: str
     max_attempt: int
-    def __init__(self, id: _Optional[str] = ..., max_attempt: _Optional[int] = ...) -> None: ...
+    choice: int
+    def __init__(self, id: _Optional[str] = ..., max_attempt: _Optional[int] = ..., choice: _Optional[int] = ...) -> None: ...
 
 class LeaderAnnouncement(_message.Message):
     __slots__ = ("model", "router", "epoch")

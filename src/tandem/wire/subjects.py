@@ -15,6 +15,23 @@ def encode(token: str) -> str:
     return "".join(chr(b) if chr(b) in _SAFE else f"_{b:02x}" for b in token.encode())
 
 
+def decode(token: str) -> str:
+    """Inverse of ``encode``. ValueError for what encode never makes."""
+    if token == "_":
+        return ""
+    head, *rest = token.split("_")
+    data = bytearray(head.encode("ascii"))
+    for part in rest:
+        data.append(int(part[:2], 16))
+        data += part[2:].encode("ascii")
+    return data.decode()
+
+
+def last_token(subject: str) -> str:
+    """The last token of a subject, decoded: the worker of a load report, the ``about`` of a bounce."""
+    return decode(subject.rpartition(".")[2])
+
+
 def leader(cluster: str, model: str) -> str:
     """router leader -> everyone: LeaderAnnouncement."""
     return f"tandem.{encode(cluster)}.leader.{encode(model)}"

@@ -1,0 +1,48 @@
+"""How a service's process begins and ends: logging, the event loop, and one line instead of a stack trace.
+
+Exit status: 0 after an orderly end, 2 for a user's mistake (ConfigError, IncompatibleWorker), 1 for everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from tandem.adapters import settings as settings_module
+from tandem.adapters.settings import CommonSettings
+from tandem.errors import ConfigError, IncompatibleWorker, TandemError
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+def run_service(cls: type[S], main: Callable[[S], Coroutine[Any, Any, None]]) -> None:
+    """Loads ``cls`` from the environment, runs ``main`` with it and exits the process."""
+    try:
+        settings = settings_module.load(cls)
+        logging.basicConfig(
+            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        )
+        asyncio.run(main(settings))
+    except TandemError as error:
+        _fail(error)
+    except ExceptionGroup as group:
+        known, unknown = group.split(TandemError)
+        if unknown is not None:
+            raise unknown from None
+        assert known is not None
+        _fail(_first(known))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _first(group: BaseExceptionGroup[Any]) -> TandemError:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+def _fail(error: TandemError) -> None:
+    print(f"error: {error.message} [{error.code}]", file=sys.stderr, flush=True)
+    sys.exit(2 if isinstance(error, ConfigError | IncompatibleWorker) else 1)

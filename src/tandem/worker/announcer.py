@@ -1,0 +1,160 @@
+"""Keeps the store's picture of this worker true: its registry entry, and its blocks in the prefix index.
+
+The engine's KV events go through ``PublishedBlocks`` (pure: what comes out is prefix-closed) into one loop that sends
+what has gathered. When the store was away, came back empty, or the slot went to another incarnation, the worker
+registers again and announces everything. A stale entry costs a hit, never correctness.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from tandem.adapters.store import PrefixIndex, Registry
+from tandem.core.blocks import root_hash
+from tandem.core.prefix_index import PublishedBlocks
+from tandem.core.types import Role, WorkerSpec
+from tandem.engine.protocol import AllBlocksCleared, BlocksRemoved, BlocksStored, EventsMissed, KvEvent
+from tandem.errors import StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+#: Events of this long are sent together.
+GATHER_S = 0.01
+#: Blocks in one update of the index.
+BATCH_BLOCKS = 2000
+#: Finish frames in a row that show less cached than the index said.
+OVER_REPORTS = 2
+
+
+class Announcer:
+    def __init__(
+        self,
+        registry: Registry,
+        index: PrefixIndex,
+        spec: WorkerSpec,
+        *,
+        ttl_s: float,
+    ) -> None:
+        self._registry = registry
+        self._index = index
+        self.spec = spec
+        self._ttl_s = ttl_s
+        self._blocks = PublishedBlocks(spec.block_size)
+        self._add: dict[int, None] = {}
+        self._remove: dict[int, None] = {}
+        self._wake = asyncio.Event()
+        self._all_again = False
+        self._over_reports = 0
+        self.complete = True
+
+    # -- from the engine -------------------------------------------------------------------------------------------
+
+    def on_kv_events(self, events: Sequence[KvEvent]) -> None:
+        for event in events:
+            match event:
+                case BlocksStored():
+                    root = root_hash(self.spec.model, event.lora, event.cache_salt)
+                    self._gather(
+                        *self._blocks.stored(event.block_hashes, event.parent_hash, event.token_ids, root)
+                    )
+                case BlocksRemoved():
+                    self._gather(*self._blocks.removed(event.block_hashes))
+                case AllBlocksCleared():
+                    self._gather(*self._blocks.cleared())
+                    self.complete = True
+                case EventsMissed():
+                    self._gather(*self._blocks.missed())
+                    self.complete = False
+
+    def over_reported(self) -> None:
+        """The engine had less cached than the index said; twice in a row means that the index is wrong about us."""
+        self._over_reports += 1
+        if self._over_reports >= OVER_REPORTS:
+            self._over_reports = 0
+            self.announce_all()
+
+    def announce_all(self) -> None:
+        self._all_again = True
+        self._wake.set()
+
+    def _gather(self, add: Sequence[int], remove: Sequence[int]) -> None:
+        for block in remove:
+            if block in self._add:
+                del self._add[block]
+            self._remove[block] = None
+        for block in add:
+            self._remove.pop(block, None)
+            self._add[block] = None
+        self._wake.set()
+
+    # -- to the store ----------------------------------------------------------------------------------------------
+
+    async def register(self) -> None:
+        """IncompatibleWorker if this worker may not join; StoreUnavailable when Redis is away."""
+        self.spec = await self._registry.register(self.spec, ttl_s=self._ttl_s)
+
+    async def change(self, *, role: Role | None = None, draining: bool | None = None) -> None:
+        """Role or drain state changed: say so at once, not at the next refresh."""
+        self.spec = dataclasses.replace(
+            self.spec,
+            role=self.spec.role if role is None else role,
+            draining=self.spec.draining if draining is None else draining,
+        )
+        try:
+            await self._registry.refresh(self.spec, ttl_s=self._ttl_s)
+        except StoreUnavailable as error:
+            log.warning("registry not told of the change: %s", error)
+
+    async def refresh_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._ttl_s / 4)
+            try:
+                if not await self._registry.refresh(self.spec, ttl_s=self._ttl_s):
+                    log.warning("registry entry is gone: registering again")
+                    await self.register()
+                    self.announce_all()
+            except StoreUnavailable as error:
+                log.warning("registry not refreshed: %s", error)
+
+    async def publish_forever(self) -> None:
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(GATHER_S)
+            self._wake.clear()
+            try:
+                await self._publish()
+            except StoreUnavailable as error:
+                log.warning("prefix index not updated: %s", error)
+                self._all_again = True
+                await asyncio.sleep(1.0)
+                self._wake.set()
+
+    async def _publish(self) -> None:
+        if self._all_again:
+            self._all_again = False
+            await self._index.drop(self.spec)
+            self._remove = {}
+            self._add = dict.fromkeys(self._blocks.snapshot())
+        while self._add or self._remove:
+            remove = list(self._remove)[:BATCH_BLOCKS]
+            # Parents come before their children in both; what is left over goes with the next batch.
+            add = list(self._add)[: BATCH_BLOCKS - len(remove)]
+            for block in remove:
+                del self._remove[block]
+            for block in add:
+                del self._add[block]
+            if not await self._index.update(self.spec, add=add, remove=remove):
+                log.warning("index slot is not ours any more: registering again")
+                await self.register()
+                self._all_again = True
+                self._wake.set()
+                return
+
+    async def leave(self) -> None:
+        try:
+            await self._registry.deregister(self.spec)
+        except StoreUnavailable as error:
+            log.warning("not deregistered: %s", error)

@@ -1,0 +1,125 @@
+"""Both ends of a KV handoff between workers, except the bytes: those move between the engines.
+
+Producer: every handoff is open from the end of its prefill until the decode worker says that it has pulled it or will
+not, the request is cancelled before anyone claimed it, or the lease ends in the engine. A drain waits for open ones.
+Consumer: claims before it pulls, counts the lease from the moment it *sent* the claim (one clock, the safe direction)
+and does not start a pull in the lease's last third. A pull past the lease would read other requests' KV, silently.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+
+from tandem.adapters.grpc_server import open_channel
+from tandem.core.types import RequestKey
+from tandem.engine.protocol import Engine, KvHandoff
+from tandem.v1 import types_pb2, worker_pb2, worker_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class OpenHandoff:
+    key: RequestKey
+    decode_worker: str
+    opened_at: float
+    claimed: bool = False
+
+
+class OpenHandoffs:
+    """The producer's side."""
+
+    def __init__(self, engine: Engine, *, lease_s: float) -> None:
+        self._engine = engine
+        self._lease_s = lease_s
+        self._open: dict[str, OpenHandoff] = {}
+
+    def opened(self, handoff: KvHandoff, entry: OpenHandoff) -> None:
+        self._open[handoff.handoff_id] = entry
+
+    def get(self, handoff_id: str) -> OpenHandoff | None:
+        return self._open.get(handoff_id)
+
+    def claim(self, handoff_id: str, engine_id: str, decode_worker: str) -> float | None:
+        """Seconds left on the lease; None = not ours, not open, or promised to another worker."""
+        entry = self._open.get(handoff_id)
+        if entry is None or entry.decode_worker != decode_worker:
+            return None
+        left = self._engine.claim_handoff(handoff_id, engine_id)
+        if left is not None:
+            entry.claimed = True
+        return left
+
+    def release(self, handoff_id: str, *, pulled: bool) -> None:
+        if self._open.pop(handoff_id, None) is not None:
+            self._engine.release_handoff(handoff_id, pulled=pulled)
+
+    def cancel(self, request_id: str, max_attempt: int, choice: int | None) -> None:
+        """Frees what nobody has claimed; who has claimed releases it himself, and the lease ends all others."""
+        for handoff_id, entry in list(self._open.items()):
+            key = entry.key
+            meant = key.id == request_id and key.attempt <= max_attempt and choice in (None, key.choice)
+            if meant and not entry.claimed:
+                self.release(handoff_id, pulled=False)
+
+    def sweep(self, now: float) -> None:
+        """Forgets handoffs whose lease the engine has ended by itself; twice the lease covers its extensions."""
+        for handoff_id, entry in list(self._open.items()):
+            if now - entry.opened_at > 2 * self._lease_s:
+                log.warning("handoff %s to %s was never pulled", handoff_id, entry.decode_worker)
+                self.release(handoff_id, pulled=False)
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+
+class Peers:
+    """The consumer's side: calls to prefill workers, over channels that are kept."""
+
+    def __init__(self, *, timeout_s: float, now: Callable[[], float], limit: int = 256) -> None:
+        self._timeout_s = timeout_s
+        self._now = now
+        self._limit = limit
+        self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
+
+    async def claim(self, peer: types_pb2.WorkerRef, handoff: KvHandoff, me: str, *, timeout_s: float = 0.0) -> float:
+        """Seconds of the lease that are surely left now; 0.0 = do not pull (refused, or no answer in time)."""
+        sent = self._now()
+        request = worker_pb2.ClaimHandoffRequest(
+            handoff_id=handoff.handoff_id, engine_id=handoff.engine_id, decode_worker=me
+        )
+        try:
+            answer = await self._stub(peer).ClaimHandoff(request, timeout=timeout_s or self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            log.warning("claim at %s failed: %s", peer.id, error.code().name)
+            return 0.0
+        return max(0.0, answer.lease_left_s - (self._now() - sent)) if answer.granted else 0.0
+
+    async def release(self, peer: types_pb2.WorkerRef, handoff: KvHandoff, *, pulled: bool) -> None:
+        """Tells the producer; if it cannot be told, its lease ends the handoff."""
+        request = worker_pb2.ReleaseHandoffRequest(
+            handoff_id=handoff.handoff_id, engine_id=handoff.engine_id, pulled=pulled
+        )
+        try:
+            await self._stub(peer).ReleaseHandoff(request, timeout=self._timeout_s)
+        except grpc.aio.AioRpcError as error:
+            log.warning("release at %s failed: %s", peer.id, error.code().name)
+
+    def _stub(self, peer: types_pb2.WorkerRef) -> worker_pb2_grpc.WorkerServiceStub:
+        name = (peer.grpc_address, peer.incarnation)
+        channel = self._channels.pop(name, None)
+        if channel is None:
+            channel = open_channel(peer.grpc_address)
+            if len(self._channels) >= self._limit:
+                self._channels.pop(next(iter(self._channels)))
+        self._channels[name] = channel  # the last in order is the one used last
+        return worker_pb2_grpc.WorkerServiceStub(channel)
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()

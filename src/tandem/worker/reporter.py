@@ -1,0 +1,98 @@
+"""Load reports: what this worker does now, said every interval and whenever someone asks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from tandem.adapters.bus import Bus
+from tandem.engine.protocol import Engine
+from tandem.errors import BusUnavailable
+from tandem.v1 import bus_pb2
+from tandem.wire import codec, subjects
+from tandem.worker.announcer import Announcer
+from tandem.worker.execution import Execution
+from tandem.worker.handoffs import OpenHandoffs
+from tandem.worker.outbox import Outbox
+from tandem.worker.request_table import RequestTable
+
+log = logging.getLogger(__name__)
+
+
+class Reporter:
+    def __init__(
+        self,
+        *,
+        bus: Bus,
+        cluster: str,
+        engine: Engine,
+        announcer: Announcer,
+        execution: Execution,
+        handoffs: OpenHandoffs,
+        table: RequestTable,
+        outbox: Outbox,
+        now: Callable[[], float],
+    ) -> None:
+        self._bus = bus
+        self._subject = subjects.load(cluster, announcer.spec.id)
+        self._engine = engine
+        self._announcer = announcer
+        self._execution = execution
+        self._handoffs = handoffs
+        self._table = table
+        self._outbox = outbox
+        self._now = now
+        self._seq = 0
+        self._hung_since: float | None = None
+
+    def report(self, *, with_steps: bool = False) -> bus_pb2.LoadReport:
+        """``with_steps`` hands the step timings out; they are given once."""
+        stats = self._engine.stats()
+        spec = self._announcer.spec
+        report = bus_pb2.LoadReport(
+            worker=self._outbox.ref,
+            model=spec.model,
+            role=codec.role_to_wire(spec.role),
+            draining=spec.draining,
+            waiting_requests=stats.waiting_requests,
+            running_requests=stats.running_requests,
+            pending_prefill_tokens=stats.pending_prefill_tokens,
+            pending_prefill_context_tokens=stats.pending_prefill_context_tokens,
+            kv_blocks_used=stats.kv_blocks_used,
+            kv_blocks_total=spec.kv_blocks_total,
+            kv_tokens=stats.kv_tokens,
+            steps=stats.steps,
+            last_step_age_s=stats.last_step_age_s,
+            open_handoffs=len(self._handoffs),
+            epoch=self._execution.epoch,
+            report_seq=self._seq,
+            index_complete=self._announcer.complete,
+        )
+        if with_steps:
+            report.step_timings.extend(codec.step_to_wire(step) for step in self._engine.take_step_timings())
+        return report
+
+    async def report_forever(self, interval_s: float) -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            now = self._now()
+            self._table.sweep(now)
+            self._handoffs.sweep(now)
+            self._seq += 1
+            try:
+                self._bus.publish(self._subject, self.report(with_steps=True).SerializeToString())
+            except BusUnavailable as error:
+                log.warning("load report not sent: %s", error)
+
+    def hung_for(self) -> float:
+        """Seconds for which the engine has had work and made no step; 0.0 = it is well."""
+        stats = self._engine.stats()
+        now = self._now()
+        busy = stats.running_requests + stats.waiting_requests > 0
+        if not busy:
+            self._hung_since = None
+            return 0.0
+        if self._hung_since is None:
+            self._hung_since = now
+        return min(stats.last_step_age_s, now - self._hung_since)

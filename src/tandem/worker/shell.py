@@ -1,0 +1,298 @@
+"""The worker process: one engine, and what makes it part of a cluster. Prefill and decode differ in the role they start with.
+
+Order of start matters: the engine first, while this process has no other threads (it forks), then gRPC, the bus, the
+store; registration last, when work can be taken. Order of leaving: say that we drain, wait for running requests and
+for KV that others still have to pull, deregister, close in reverse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+from tandem.adapters import clock
+from tandem.adapters.bus import Bus, Message
+from tandem.adapters.deployment import Deployment, Model, Pool, PoolRole, read
+from tandem.adapters.grpc_server import GrpcServer
+from tandem.adapters.nats_bus import NatsBus
+from tandem.adapters.redis_store import RedisPrefixIndex, RedisRegistry, connect
+from tandem.core.types import Role, WorkerAddress, WorkerSpec
+from tandem.engine.factory import make_engine
+from tandem.engine.protocol import Engine, EngineConfig, EngineInfo
+from tandem.errors import BusUnavailable, ConfigError, EngineFailed
+from tandem.v1 import bus_pb2, worker_pb2, worker_pb2_grpc
+from tandem.wire import subjects
+from tandem.worker.announcer import Announcer
+from tandem.worker.control import WorkerControl
+from tandem.worker.execution import Execution
+from tandem.worker.handoffs import OpenHandoffs, Peers
+from tandem.worker.outbox import Outbox
+from tandem.worker.reporter import Reporter
+from tandem.worker.request_table import RequestTable
+from tandem.worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+#: For so long after a reconnect of ours the server may say "no responders" of peers that live.
+BUS_GRACE_S = 3.0
+
+
+async def run(settings: WorkerSettings, role: Role) -> None:
+    """Runs until SIGTERM and the drain that follows it, or until the engine dies (EngineFailed)."""
+    deployment = read(settings.deployment)
+    model = deployment.model(settings.model)
+    pool = _pool(model, settings.pool or role.value)
+    worker_id = settings.instance or clock.new_name(f"{pool.pool_name}-{model.name}")
+    async with contextlib.AsyncExitStack() as stack:
+        run_dir = settings.run_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-"))
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        engine = make_engine(_engine_config(settings, model, pool, worker_id, run_dir))
+        # KV events before the announcer exists are kept for it.
+        early: list[Any] = []
+        deliver = [early.extend]
+        await engine.start(lambda events: deliver[0](events))
+        stack.push_async_callback(engine.stop)
+        worker = await stack.enter_async_context(_joined(settings, deployment, pool, role, worker_id, engine))
+        deliver[0] = worker.announcer.on_kv_events
+        worker.announcer.on_kv_events(early)
+        await worker.serve()
+
+
+class Worker:
+    """Everything of one worker, connected. ``serve`` runs it."""
+
+    def __init__(
+        self,
+        *,
+        settings: WorkerSettings,
+        cluster: str,
+        engine: Engine,
+        bus: Bus,
+        announcer: Announcer,
+        lease_s: float,
+        address: WorkerAddress,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        now = clock.monotonic
+        self.settings = settings
+        self.cluster = cluster
+        self.engine = engine
+        self.bus = bus
+        self.announcer = announcer
+        self.address = address
+        self.table = RequestTable(retention_s=settings.retention_s)
+        self.handoffs = OpenHandoffs(engine, lease_s=lease_s)
+        self.peers = Peers(timeout_s=settings.hop_timeout_s, now=now)
+        self.outbox = Outbox(bus, cluster, announcer.spec.model, address, loop.call_soon)
+        self._tasks: asyncio.TaskGroup | None = None
+        self._leaving = asyncio.Event()
+        self.execution = Execution(
+            bus=bus,
+            cluster=cluster,
+            worker=address.id,
+            engine=engine,
+            outbox=self.outbox,
+            table=self.table,
+            handoffs=self.handoffs,
+            peers=self.peers,
+            spawn=self._spawn,
+            now=now,
+            hop_timeout_s=settings.hop_timeout_s,
+            lease_s=lease_s,
+        )
+        self.execution.on_over_report = announcer.over_reported
+        self.reporter = Reporter(
+            bus=bus,
+            cluster=cluster,
+            engine=engine,
+            announcer=announcer,
+            execution=self.execution,
+            handoffs=self.handoffs,
+            table=self.table,
+            outbox=self.outbox,
+            now=now,
+        )
+        self.control = WorkerControl(
+            engine=engine,
+            announcer=announcer,
+            execution=self.execution,
+            handoffs=self.handoffs,
+            reporter=self.reporter,
+            drain=self.leave,
+        )
+
+    def leave(self) -> None:
+        """Begins to drain; ``serve`` returns when nothing is left to do."""
+        self._leaving.set()
+
+    async def serve(self) -> None:
+        await self._subscribe()
+        await self.announcer.register()
+        log.info("%s is ready (%s, slot %d)", self.address.id, self.announcer.spec.role.value, self.announcer.spec.slot)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.leave)
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            loops = [
+                tasks.create_task(self.reporter.report_forever(self.settings.load_interval_s)),
+                tasks.create_task(self.announcer.refresh_forever()),
+                tasks.create_task(self.announcer.publish_forever()),
+                tasks.create_task(self._watch_engine()),
+            ]
+            await self._leaving.wait()
+            await self._drain()
+            for task in loops:
+                task.cancel()
+        await self.announcer.leave()
+        await self.peers.close()
+
+    async def _subscribe(self) -> None:
+        me = self.address.id
+        await self.bus.subscribe(subjects.work(self.cluster, me), self._on_work)
+        await self.bus.subscribe(subjects.aborts(self.cluster, self.announcer.spec.model), self._on_abort)
+        await self.bus.subscribe(subjects.bounces(self.cluster, me), self._on_bounce)
+
+    def _on_work(self, message: Message) -> None:
+        work = bus_pb2.WorkerMessage.FromString(message.data)
+        match work.WhichOneof("kind"):
+            case "assignment":
+                self.execution.assignment(work.assignment)
+            case "handoff":
+                self.execution.handoff(work.handoff)
+            case "repair":
+                self.execution.repair(work.repair)
+            case kind:
+                log.error("message of unknown kind %r dropped", kind)
+
+    def _on_abort(self, message: Message) -> None:
+        abort = bus_pb2.Abort.FromString(message.data)
+        choice = abort.choice if abort.HasField("choice") else None
+        self.execution.abort(abort.id, abort.max_attempt, choice)
+
+    def _on_bounce(self, message: Message) -> None:
+        if not message.no_responders:
+            return
+        if clock.monotonic() - self.bus.reconnected_at < BUS_GRACE_S:
+            log.warning("no responders on %s so soon after a reconnect: not believed", message.subject)
+            return
+        self.execution.bounced(subjects.last_token(message.subject))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        assert self._tasks is not None
+        self._tasks.create_task(work)
+
+    async def _watch_engine(self) -> None:
+        """A dead or hung engine ends the process: the supervisor starts it anew."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.engine.dead.wait(), 1.0)
+                raise EngineFailed("the engine died")
+            if self.reporter.hung_for() > self.settings.engine_hang_s:
+                raise EngineFailed(f"the engine made no step for {self.settings.engine_hang_s:.0f} s with work pending")
+
+    async def _drain(self) -> None:
+        log.info("draining: %d requests, %d handoffs", self.table.running, len(self.handoffs))
+        self.execution.draining = True
+        await self.announcer.change(draining=True)
+        deadline = clock.monotonic() + self.settings.drain_timeout_s
+        while self.table.running or len(self.handoffs):
+            if clock.monotonic() > deadline:
+                log.error("leaving with %d requests and %d handoffs", self.table.running, len(self.handoffs))
+                break
+            await asyncio.sleep(0.05)
+        self.outbox.flush()
+        with contextlib.suppress(BusUnavailable):
+            await self.bus.flush(timeout_s=1.0)
+
+
+@contextlib.asynccontextmanager
+async def _joined(
+    settings: WorkerSettings, deployment: Deployment, pool: Pool, role: Role, worker_id: str, engine: Engine
+) -> AsyncIterator[Worker]:
+    """Bus, store and gRPC server around a started engine."""
+    model = deployment.model(settings.model)
+    cluster = deployment.cluster
+    async with contextlib.AsyncExitStack() as stack:
+        grpc_server = GrpcServer(settings.grpc_host, settings.grpc_port)
+        port = grpc_server.port
+        host = settings.advertise_host or settings.grpc_host
+        address = WorkerAddress(worker_id, clock.new_incarnation(), f"{host}:{port}")
+        bus = await NatsBus.connect(settings.nats_url, name=worker_id)
+        stack.push_async_callback(bus.close)
+        redis = await connect(settings.redis_url)
+        stack.push_async_callback(redis.aclose)
+        announcer = Announcer(
+            RedisRegistry(redis, cluster),
+            RedisPrefixIndex(redis, cluster),
+            _spec(address, model, pool, role, engine.info),
+            ttl_s=settings.registry_ttl_s,
+        )
+        worker = Worker(
+            settings=settings,
+            cluster=cluster,
+            engine=engine,
+            bus=bus,
+            announcer=announcer,
+            lease_s=model.kv_lease_s,
+            address=address,
+        )
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker.control, grpc_server.server)
+        await grpc_server.start(worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)
+        stack.push_async_callback(grpc_server.stop)
+        yield worker
+
+
+def _pool(model: Model, name: str) -> Pool:
+    for pool in model.pools:
+        if pool.pool_name == name:
+            return pool
+    names = ", ".join(pool.pool_name for pool in model.pools)
+    raise ConfigError(f"model {model.name!r} has no pool {name!r}; it has: {names}", param="TANDEM_POOL")
+
+
+def _engine_config(settings: WorkerSettings, model: Model, pool: Pool, worker_id: str, run_dir: str) -> EngineConfig:
+    return EngineConfig(
+        engine=pool.engine,
+        model_path=str(model.folder),
+        served_model=model.name,
+        worker_id=worker_id,
+        run_dir=run_dir,
+        disaggregated=pool.role is not PoolRole.AGGREGATED,
+        max_model_len=model.max_model_len,
+        block_size=model.block_size,
+        dtype=model.dtype,
+        kv_lease_s=model.kv_lease_s,
+        kv_host=settings.kv_host,
+        kv_port=settings.kv_port,
+        args=dict(pool.engine_args),
+    )
+
+
+def _spec(address: WorkerAddress, model: Model, pool: Pool, role: Role, info: EngineInfo) -> WorkerSpec:
+    return WorkerSpec(
+        address=address,
+        model=model.name,
+        role=role,
+        slot=0,
+        block_size=info.block_size,
+        dtype=info.dtype,
+        kv_layout=info.kv_layout,
+        engine=info.engine,
+        engine_version=info.engine_version,
+        max_model_len=info.max_model_len,
+        kv_blocks_total=info.kv_blocks_total,
+        kv_bytes_per_token=info.kv_bytes_per_token,
+        max_batched_tokens=info.max_batched_tokens,
+        max_num_seqs=info.max_num_seqs,
+        perf_profile=info.perf_profile,
+        kv_endpoint=info.kv_endpoint,
+        link_bytes_per_s=info.link_bytes_per_s,
+        pool=pool.pool_name,
+    )
