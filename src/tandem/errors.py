@@ -26,6 +26,7 @@
     ├── StoreUnavailable          Redis
     ├── IncompatibleWorker        registration refused
     ├── ConfigError               a user's mistake in settings or the deployment file
+    ├── StartFailed               a process of the local cluster does not start
     └── InternalError             a defect of ours
 
 Each class declares, once, its stable ``code`` (on the wire, in logs and metrics), whether the same request may
@@ -181,6 +182,11 @@ class IncompatibleWorker(TandemError):
 class ConfigError(TandemError):
     code = "config_error"
     meaning = "A setting or the deployment file is wrong."
+
+
+class StartFailed(TandemError):
+    code = "start_failed"
+    meaning = "A process of the local cluster does not start."
 
 
 class InternalError(TandemError):
