@@ -2,7 +2,8 @@
 
 What the rest relies on (tests/contract/test_bus.py runs it over both): at-most-once, ordered per publisher and
 subject; a publish with a reply subject to a subject that nobody subscribes to brings back a Message with
-``no_responders`` on that reply subject; a publish never blocks: it is buffered, and the buffer's bound is an error.
+``no_responders`` on that reply subject, to the publisher's own subscription and to nobody else's; a publish never
+blocks: it is buffered, and the buffer's bound is an error.
 """
 
 from __future__ import annotations
@@ -24,11 +25,27 @@ class Message:
 Handler = Callable[[Message], None]
 
 
+@dataclass(slots=True)
+class BusStats:
+    """What went wrong so far; for the metrics. Nothing is dropped on the receiving side without ``handler_errors``."""
+
+    reconnects: int = 0
+    #: Publishes refused because the outgoing buffer was full.
+    refused_publishes: int = 0
+    #: Handlers that raised; each is in the log with its trace.
+    handler_errors: int = 0
+    #: Complaints of the server, permissions among them; each is in the log.
+    server_errors: int = 0
+
+
 class Subscription(Protocol):
     async def unsubscribe(self) -> None: ...
 
 
 class Bus(Protocol):
+    @property
+    def stats(self) -> BusStats: ...
+
     @property
     def connected(self) -> bool: ...
 
@@ -43,11 +60,16 @@ class Bus(Protocol):
         ...
 
     def publish(self, subject: str, data: bytes, reply: str = "") -> None:
-        """Buffers and returns. PayloadTooLarge over ``max_payload``; BusUnavailable when closed or the buffer is full."""
+        """Buffers and returns. PayloadTooLarge over ``max_payload``; BusUnavailable when closed or the buffer is
+        full; ValueError for what is no subject."""
         ...
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
-        """``handler`` runs on the loop, in order, and must not raise (what it raises is logged and counted)."""
+        """``handler`` runs on the loop, in order, and must not raise (what it raises is logged and counted).
+
+        Returns when the server has the subscription, so that what anybody publishes from then on arrives;
+        BusUnavailable if it does not answer. Survives reconnects. With ``queue``, one member of that group gets each
+        message."""
         ...
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> bytes:

@@ -17,7 +17,8 @@ class Registry(Protocol):
     """Who is there. Entries live for ``ttl_s`` unless refreshed."""
 
     async def register(self, spec: WorkerSpec, *, ttl_s: float) -> WorkerSpec:
-        """Leases a slot of the model's index for (worker id, incarnation) and writes the entry; returns the spec with its slot.
+        """Leases a slot of the model's index for (worker id, incarnation) and writes the entry; returns the spec with
+        its slot.
 
         The first worker of a model fixes block size, dtype, KV layout, engine and engine version: IncompatibleWorker,
         naming both values, when this one differs from the living ones. A restarted worker (same id, new incarnation)
