@@ -1,0 +1,85 @@
+"""The router process: one ModelRouter for each model of the deployment, and the gRPC service about them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+
+from services.router.config import RouterSettings
+from services.router.model_router import ModelRouter, Ports
+from services.router.service import RouterControl
+from tandem.adapters import clock
+from tandem.adapters.deployment import Deployment, read
+from tandem.adapters.grpc_server import GrpcServer
+from tandem.adapters.nats_bus import NatsBus
+from tandem.adapters.redis_store import RedisCounters, RedisLeases, RedisPrefixIndex, RedisRegistry, connect
+from tandem.core.policy import RequestClass, Tenant, policy_from
+from tandem.core.scheduler import Scheduler
+from tandem.v1 import router_pb2, router_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+
+async def run(settings: RouterSettings) -> None:
+    """Runs until SIGTERM."""
+    deployment = read(settings.deployment)
+    router = settings.instance or clock.new_name("router")
+    async with contextlib.AsyncExitStack() as stack:
+        bus = await NatsBus.connect(settings.nats_url, name=router)
+        stack.push_async_callback(bus.close)
+        redis = await connect(settings.redis_url)
+        stack.push_async_callback(redis.aclose)
+        cluster = deployment.cluster
+        ports = Ports(
+            bus,
+            RedisRegistry(redis, cluster),
+            RedisLeases(redis, cluster),
+            RedisPrefixIndex(redis, cluster),
+            RedisCounters(redis, cluster),
+        )
+        routers = {
+            model.name: ModelRouter(
+                settings=settings,
+                router=router,
+                cluster=cluster,
+                model=model.name,
+                liveness=deployment.liveness,
+                scheduler=_scheduler(deployment),
+                ports=ports,
+                now=clock.monotonic,
+            )
+            for model in deployment.models
+        }
+        server = GrpcServer(settings.grpc_host, settings.grpc_port)
+        control = RouterControl(routers, router, clock.monotonic)
+        router_pb2_grpc.add_RouterServiceServicer_to_server(control, server.server)
+        await server.start(router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name)
+        stack.push_async_callback(server.stop)
+        log.info("%s serves RouterService on port %d", router, server.port)
+        await _until_terminated(routers)
+
+
+async def _until_terminated(routers: dict[str, ModelRouter]) -> None:
+    """A crash in any model's loops ends the process."""
+    leave = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave.set)
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(router.run()) for router in routers.values()]
+        await leave.wait()
+        for task in running:
+            task.cancel()
+
+
+def _scheduler(deployment: Deployment) -> Scheduler:
+    classes = {c.name: RequestClass(**c.model_dump()) for c in deployment.classes}
+    tenants = {
+        t.name: Tenant(name=t.name, weight=t.weight, request_class=t.request_class) for t in deployment.tenants
+    }
+    # Ties between equal plans only: any seed does.
+    rng = random.Random(clock.new_incarnation())
+    return Scheduler(policy_from(deployment.policy), classes=classes, tenants=tenants, rng=rng)

@@ -1,0 +1,208 @@
+"""Which workers of one model are there, and how alive they are. Decides nothing about requests.
+
+Three states: *alive*; *suspect* (silent for ``suspect_s``: gets no new work, keeps what it has); *dead* (silent for
+``dead_s`` and its gRPC health does not answer, or silent and its port refuses: no such process). When our own bus
+connection is in doubt (down, or up again for less than the grace), nobody is declared dead: what is silent then is
+the bus.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tandem.adapters.bus import Bus
+from tandem.adapters.deployment import Liveness
+from tandem.adapters.grpc_server import open_channel
+from tandem.adapters.store import Registry
+from tandem.core.types import WorkerSpec
+from tandem.errors import BusUnavailable, StoreUnavailable
+from tandem.v1 import bus_pb2
+
+log = logging.getLogger(__name__)
+
+BUS_GRACE_S = 3.0
+TICK_S = 0.1
+
+
+@dataclass(slots=True)
+class Member:
+    spec: WorkerSpec
+    heard_at: float
+    report: bus_pb2.LoadReport | None = None
+    suspect: bool = False
+    probe: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetListener:
+    """Whom the fleet tells."""
+
+    up: Callable[[WorkerSpec], None]
+    suspect: Callable[[str, bool], None]
+    #: (worker, incarnation, why)
+    lost: Callable[[str, int, str], None]
+    #: Silent for the hop timeout: (worker)
+    hung: Callable[[str], None]
+
+
+class Fleet:
+    def __init__(
+        self,
+        *,
+        bus: Bus,
+        registry: Registry,
+        model: str,
+        liveness: Liveness,
+        hop_timeout_s: float,
+        listener: FleetListener,
+        now: Callable[[], float],
+    ) -> None:
+        self._bus = bus
+        self._registry = registry
+        self._model = model
+        self._liveness = liveness
+        self._hop_timeout_s = hop_timeout_s
+        self._listener = listener
+        self._now = now
+        self._look_now = asyncio.Event()
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self.members: dict[str, Member] = {}
+        #: Declared dead while their registry entry lives on; only a report of their own brings them back.
+        self._dead: set[tuple[str, int]] = set()
+
+    # -- what is heard ---------------------------------------------------------------------------------------------
+
+    def heard(self, report: bus_pb2.LoadReport) -> bool:
+        """A load report came. False if it is from a process that is not (yet, or any more) a member."""
+        self._dead.discard((report.worker.id, report.worker.incarnation))
+        member = self.members.get(report.worker.id)
+        if member is None or member.spec.address.incarnation != report.worker.incarnation:
+            self._look_now.set()
+            return False
+        member.heard_at = self._now()
+        member.report = report
+        if member.suspect:
+            member.suspect = False
+            self._listener.suspect(member.spec.id, False)
+        return True
+
+    def no_responders(self, worker: str) -> None:
+        """Nobody listens on the worker's subject: ask it at once, do not wait for the silence to grow."""
+        member = self.members.get(worker)
+        if member is not None and not self.bus_in_doubt():
+            self._make_suspect(member)
+            self._probe(member)
+
+    def bus_in_doubt(self) -> bool:
+        return not self._bus.connected or self._now() - self._bus.reconnected_at < BUS_GRACE_S
+
+    # -- loops -----------------------------------------------------------------------------------------------------
+
+    async def watch_registry(self, interval_s: float) -> None:
+        while True:
+            try:
+                self._seen(await self._registry.workers(self._model))
+            except StoreUnavailable as error:
+                log.warning("registry not read: %s", error)
+            try:
+                await asyncio.wait_for(self._look_now.wait(), interval_s)
+                await asyncio.sleep(0.02)
+            except TimeoutError:
+                pass
+            self._look_now.clear()
+
+    async def watch_silence(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            if self.bus_in_doubt():
+                continue
+            now = self._now()
+            for member in list(self.members.values()):
+                silent = now - max(member.heard_at, self._bus.reconnected_at)
+                if silent > self._liveness.suspect_s:
+                    self._make_suspect(member)
+                    self._probe(member)
+                if silent > self._hop_timeout_s:
+                    self._listener.hung(member.spec.id)
+
+    async def close(self) -> None:
+        for member in self.members.values():
+            if member.probe is not None:
+                member.probe.cancel()
+        for channel in self._channels.values():
+            await channel.close()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _seen(self, specs: list[WorkerSpec]) -> None:
+        now = self._now()
+        self._dead &= {(spec.id, spec.address.incarnation) for spec in specs}
+        for spec in specs:
+            if (spec.id, spec.address.incarnation) in self._dead:
+                continue
+            member = self.members.get(spec.id)
+            if member is not None and member.spec.address.incarnation != spec.address.incarnation:
+                self._remove(member, "restarted")
+                member = None
+            if member is None:
+                log.info("worker %s joins (%s, %s)", spec.id, spec.role.value, spec.address.grpc_address)
+                self.members[spec.id] = Member(spec, now)
+                self._listener.up(spec)
+            elif member.spec != spec:
+                member.spec = spec
+                self._listener.up(spec)
+        present = {spec.id for spec in specs}
+        for member in list(self.members.values()):
+            # Gone from the registry and silent: it left in good order, or the store lost it and it will be back.
+            if member.spec.id not in present and now - member.heard_at > self._liveness.suspect_s:
+                if member.spec.draining:
+                    self._remove(member, "left")
+                else:
+                    self._probe(member)
+
+    def _make_suspect(self, member: Member) -> None:
+        if not member.suspect:
+            member.suspect = True
+            self._listener.suspect(member.spec.id, True)
+
+    def _probe(self, member: Member) -> None:
+        if member.probe is None or member.probe.done():
+            member.probe = asyncio.get_running_loop().create_task(self._ask(member))
+
+    async def _ask(self, member: Member) -> None:
+        """The gRPC health of a silent worker. Refused = no such process. No answer = dead only after ``dead_s``."""
+        address = member.spec.address.grpc_address
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = open_channel(address)
+        code: grpc.StatusCode | None = None
+        try:
+            stub = health_pb2_grpc.HealthStub(channel)
+            await stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
+        except grpc.aio.AioRpcError as error:
+            code = error.code()
+        if code is None or self.members.get(member.spec.id) is not member or self.bus_in_doubt():
+            return
+        try:
+            await self._bus.flush(timeout_s=1.0)
+        except BusUnavailable:
+            return
+        silent = self._now() - member.heard_at
+        refused = code is grpc.StatusCode.UNAVAILABLE
+        if refused or silent > self._liveness.dead_s:
+            self._remove(member, f"health {code.name}, silent for {silent:.1f} s")
+
+    def _remove(self, member: Member, why: str) -> None:
+        log.warning("worker %s is gone: %s", member.spec.id, why)
+        del self.members[member.spec.id]
+        self._dead.add((member.spec.id, member.spec.address.incarnation))
+        channel = self._channels.pop(member.spec.address.grpc_address, None)
+        if channel is not None:
+            asyncio.get_running_loop().create_task(channel.close())
+        self._listener.lost(member.spec.id, member.spec.address.incarnation, why)

@@ -1,0 +1,346 @@
+"""One model's router: feeds the decision core with what is heard and does what it decides.
+
+All decisions are ``tandem.core.scheduler.Scheduler``'s; here are only messages. A standby hears loads and events too,
+so its picture is warm when it is elected. Whatever goes wrong with a placement reaches the frontend, who owns the
+request, as a Reject with a retryable code: it submits again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+import grpc
+
+from services.router.config import RouterSettings
+from services.router.fleet import Fleet, FleetListener
+from services.router.leadership import Leadership
+from tandem.adapters.bus import Bus, Message
+from tandem.adapters.deployment import Liveness
+from tandem.adapters.grpc_server import open_channel
+from tandem.adapters.store import Counters, Leases, PrefixIndex, Registry
+from tandem.core.scheduler import Place, Refuse, Scheduler
+from tandem.core.types import Explanation, Leg, Request, RequestKey, WorkerSpec
+from tandem.errors import BusUnavailable, NoLeader, PayloadTooLarge, StoreUnavailable, TandemError, WorkerLostError
+from tandem.v1 import bus_pb2, types_pb2, worker_pb2, worker_pb2_grpc
+from tandem.wire import codec, subjects
+
+log = logging.getLogger(__name__)
+
+FENCE_TIMEOUT_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """What is needed to deliver a request, or to tell its frontend that it was not."""
+
+    raw: bytes
+    frontend: str
+    rid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    bus: Bus
+    registry: Registry
+    leases: Leases
+    index: PrefixIndex
+    counters: Counters
+
+
+class ModelRouter:
+    def __init__(
+        self,
+        *,
+        settings: RouterSettings,
+        router: str,
+        cluster: str,
+        model: str,
+        liveness: Liveness,
+        scheduler: Scheduler,
+        ports: Ports,
+        now: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._router = router
+        self._cluster = cluster
+        self.model = model
+        self.scheduler = scheduler
+        self._bus = ports.bus
+        self._index = ports.index
+        self._counters = ports.counters
+        self._now = now
+        self._submitted: dict[RequestKey, _Submitted] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._wakeup: asyncio.TimerHandle | None = None
+        self._index_away = False
+        self.fleet = Fleet(
+            bus=ports.bus,
+            registry=ports.registry,
+            model=model,
+            liveness=liveness,
+            hop_timeout_s=settings.hop_timeout_s,
+            listener=FleetListener(self._worker_up, self._worker_suspect, self._worker_lost, self._worker_hung),
+            now=now,
+        )
+        self.leadership = Leadership(
+            bus=ports.bus,
+            leases=ports.leases,
+            cluster=cluster,
+            model=model,
+            router=router,
+            lease_ttl_s=settings.lease_ttl_s,
+            announce_interval_s=settings.announce_interval_s,
+            elected=self._elected,
+            deposed=self._deposed,
+        )
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        bus = self._bus
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await bus.subscribe(subjects.requests(self._cluster, self.model, self._router), self._on_submit)
+                await bus.subscribe(subjects.aborts(self._cluster, self.model), self._on_abort)
+                await bus.subscribe(subjects.events(self._cluster, self.model), self._on_events)
+                await bus.subscribe(subjects.all_loads(self._cluster), self._on_load)
+                await bus.subscribe(subjects.bounces(self._cluster, self._bounce_name), self._on_bounce)
+                tasks.create_task(self.fleet.watch_registry(self._settings.registry_interval_s))
+                tasks.create_task(self.fleet.watch_silence())
+                tasks.create_task(self.leadership.run())
+                tasks.create_task(self._save_counters())
+        finally:
+            if self._wakeup is not None:
+                self._wakeup.cancel()
+            await self.fleet.close()
+
+    async def explain(self, request: Request, hashes: bytes) -> Explanation:
+        return self.scheduler.explain(request, await self._cached(hashes), self._now())
+
+    def policy_json(self) -> str:
+        return json.dumps(asdict(self.scheduler.policy), sort_keys=True)
+
+    # -- from frontends --------------------------------------------------------------------------------------------
+
+    def _on_submit(self, message: Message) -> None:
+        submit = bus_pb2.Submit.FromString(message.data)
+        if not self.leadership.epoch:
+            return self._reject(submit.frontend, submit.rid, NoLeader(f"{self._router} does not lead {self.model}"))
+        key = codec.key_from_wire(submit.key)
+        if key in self._submitted:
+            return None  # delivered twice: the first answer stands
+        self._submitted[key] = _Submitted(message.data, submit.frontend, submit.rid)
+        request = codec.request_from_wire(submit, now=self._now())
+        assert self._tasks is not None
+        self._tasks.create_task(self._take(request, submit.block_hashes))
+        return None
+
+    async def _take(self, request: Request, hashes: bytes) -> None:
+        cached = await self._cached(hashes)
+        if request.key not in self._submitted:
+            return  # cancelled while we looked
+        try:
+            self.scheduler.submit(request, cached, self._now())
+        except TandemError as error:
+            self._refuse(request.key, error)
+        self._poll()
+
+    async def _cached(self, hashes: bytes) -> Mapping[str, int]:
+        """worker -> cached prompt tokens. Empty when the index cannot be asked: routing goes on by load alone."""
+        if not hashes:
+            return {}
+        try:
+            depths = await self._index.lookup(self.model, hashes)
+        except StoreUnavailable as error:
+            if not self._index_away:
+                log.warning("routing by load alone: %s", error)
+            self._index_away = True
+            return {}
+        self._index_away = False
+        slots = {m.spec.slot: m.spec for m in self.fleet.members.values()}
+        return {
+            slots[slot].id: depth * slots[slot].block_size for slot, depth in depths.items() if depth and slot in slots
+        }
+
+    def _on_abort(self, message: Message) -> None:
+        abort = bus_pb2.Abort.FromString(message.data)
+        choice = abort.choice if abort.HasField("choice") else None
+        for key in self.scheduler.abort(abort.id, abort.max_attempt, self._now(), choice=choice):
+            self._submitted.pop(key, None)
+        self._poll()
+
+    # -- from workers ----------------------------------------------------------------------------------------------
+
+    def _on_load(self, message: Message) -> None:
+        report = bus_pb2.LoadReport.FromString(message.data)
+        if report.model != self.model:
+            return
+        self.leadership.hear(report.epoch)
+        if self.fleet.heard(report):
+            self.scheduler.worker_load(codec.load_from_wire(report), self._now())
+            self._poll()
+
+    def _on_events(self, message: Message) -> None:
+        batch = bus_pb2.LifecycleEvents.FromString(message.data)
+        now = self._now()
+        for event in batch.events:
+            key = codec.key_from_wire(event.key)
+            match event.phase:
+                case bus_pb2.PHASE_PREFILL_DONE:
+                    self.scheduler.prefill_done(key, now)
+                case bus_pb2.PHASE_DECODING:
+                    self.scheduler.decode_started(key, now)
+                case bus_pb2.PHASE_FINISHED:
+                    self.scheduler.finished(key, event.output_tokens, event.cached_tokens, now)
+                    self._submitted.pop(key, None)
+                case bus_pb2.PHASE_FAILED | bus_pb2.PHASE_ABORTED:
+                    self.scheduler.failed(key, now)
+                    self._submitted.pop(key, None)
+        self._poll()
+
+    def _on_bounce(self, message: Message) -> None:
+        """Nobody took an assignment."""
+        if not message.no_responders:
+            return
+        worker, _, packed = subjects.last_token(message.subject).partition(" ")
+        request_id, attempt, choice = packed.rsplit(" ", 2)
+        self.fleet.no_responders(worker)
+        key = RequestKey(request_id, int(attempt), int(choice))
+        self._fail(key, WorkerLostError(f"worker {worker} does not answer"))
+        self._poll()
+
+    # -- from the fleet --------------------------------------------------------------------------------------------
+
+    def _worker_up(self, spec: WorkerSpec) -> None:
+        if self._bus.connected and spec.draining:
+            log.info("worker %s drains", spec.id)
+        self.scheduler.worker_up(spec, self._now())
+        self._poll()
+
+    def _worker_suspect(self, worker: str, suspect: bool) -> None:
+        log.info("worker %s is %s", worker, "suspect" if suspect else "heard again")
+        self.scheduler.worker_suspect(worker, suspect, self._now())
+        self._poll()
+
+    def _worker_lost(self, worker: str, incarnation: int, why: str) -> None:
+        for key in self.scheduler.worker_down(worker, incarnation, self._now()):
+            self._fail(key, WorkerLostError(f"worker {worker} is gone: {why}"))
+        if self.leadership.epoch:
+            lost = bus_pb2.WorkerLost(model=self.model, worker=worker, incarnation=incarnation)
+            self._publish(subjects.lost(self._cluster, self.model), lost.SerializeToString(), "")
+        self._poll()
+
+    def _worker_hung(self, worker: str) -> None:
+        """Its prefills go elsewhere; its streams wait for it to come back or to be declared dead."""
+        for key in self.scheduler.prefilling_on(worker):
+            self._fail(key, WorkerLostError(f"prefill worker {worker} is silent"))
+
+    # -- leadership ------------------------------------------------------------------------------------------------
+
+    async def _elected(self, epoch: int) -> int:
+        """Before the first placement: every worker learns the epoch; the tenants' counters are read."""
+        answers = await asyncio.gather(*(self._fence(m.spec, epoch) for m in list(self.fleet.members.values())))
+        try:
+            self.scheduler.restore_counters(await self._counters.load(f"service:{self.model}"))
+        except StoreUnavailable as error:
+            log.warning("tenants' counters not read: %s", error)
+        return max(answers, default=epoch)
+
+    async def _fence(self, spec: WorkerSpec, epoch: int) -> int:
+        request = worker_pb2.FenceRequest(router=self._router, epoch=epoch)
+        async with open_channel(spec.address.grpc_address) as channel:
+            try:
+                answer = await worker_pb2_grpc.WorkerServiceStub(channel).Fence(request, timeout=FENCE_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                log.warning("worker %s not told of epoch %d: %s", spec.id, epoch, error.code().name)
+                return epoch
+        return int(answer.highest_epoch)
+
+    def _deposed(self) -> None:
+        """What waits here goes to the next leader; what runs goes on."""
+        for key in self.scheduler.queued():
+            self._fail(key, NoLeader(f"{self._router} does not lead {self.model} any more"))
+
+    async def _save_counters(self) -> None:
+        saved: Mapping[str, float] = {}
+        while True:
+            await asyncio.sleep(self._settings.counters_interval_s)
+            current = self.scheduler.service_counters()
+            if self.leadership.epoch and current != saved:
+                try:
+                    await self._counters.save(f"service:{self.model}", current)
+                    saved = current
+                except StoreUnavailable as error:
+                    log.warning("tenants' counters not saved: %s", error)
+
+    # -- doing what was decided ------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        now = self._now()
+        if self.leadership.epoch and not self.fleet.bus_in_doubt():
+            for effect in self.scheduler.poll(now):
+                match effect:
+                    case Place():
+                        self._place(effect)
+                    case Refuse():
+                        self._refuse(effect.request.key, effect.error)
+        if self._wakeup is not None:
+            self._wakeup.cancel()
+            self._wakeup = None
+        at = self.scheduler.next_wakeup(now)
+        if at is not None:
+            delay = max(0.001, at - now)
+            self._wakeup = asyncio.get_running_loop().call_later(delay, self._poll)
+
+    def _place(self, effect: Place) -> None:
+        key, plan = effect.request.key, effect.plan
+        submitted = self._submitted[key]
+        first = plan.first_worker
+        assignment = bus_pb2.Assignment(
+            epoch=self.leadership.epoch,
+            router=self._router,
+            leg=codec.leg_to_wire(plan.leg),
+            submit=submitted.raw,
+            predicted_cached_tokens=effect.cached_tokens,
+            priority=effect.priority,
+        )
+        if plan.leg is Leg.PREFILL:
+            assignment.decode.CopyFrom(codec.address_to_wire(self.fleet.members[plan.decode_worker].spec.address))
+        about = f"{first} {key.id} {key.attempt} {key.choice}"
+        data = bus_pb2.WorkerMessage(assignment=assignment).SerializeToString()
+        reply = subjects.bounce(self._cluster, self._bounce_name, about)
+        if not self._publish(subjects.work(self._cluster, first), data, reply):
+            self._fail(key, WorkerLostError(f"assignment to {first} could not be sent"))
+
+    @property
+    def _bounce_name(self) -> str:
+        return f"{self._router}/{self.model}"
+
+    def _refuse(self, key: RequestKey, error: TandemError) -> None:
+        submitted = self._submitted.pop(key, None)
+        if submitted is not None:
+            self._reject(submitted.frontend, submitted.rid, error)
+
+    def _fail(self, key: RequestKey, error: TandemError) -> None:
+        """A request that was ours to run is not any more: its frontend submits again."""
+        self.scheduler.failed(key, self._now())
+        self._refuse(key, error)
+
+    def _reject(self, frontend: str, rid: int, error: TandemError) -> None:
+        frame = bus_pb2.TokenFrame(
+            worker=types_pb2.WorkerRef(id=self._router),
+            rejects=[bus_pb2.Reject(rid=rid, error=codec.error_to_wire(error))],
+        )
+        self._publish(subjects.tokens(self._cluster, frontend), frame.SerializeToString(), "")
+
+    def _publish(self, subject: str, data: bytes, reply: str) -> bool:
+        try:
+            self._bus.publish(subject, data, reply)
+        except (BusUnavailable, PayloadTooLarge) as error:
+            log.warning("not sent to %s: %s", subject, error)
+            return False
+        return True

@@ -1,0 +1,95 @@
+"""RouterService: what operators, the console and the CLI may ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import grpc
+
+from services.router.model_router import ModelRouter
+from tandem.adapters.grpc_errors import abort_with
+from tandem.core.types import Explanation, Request, RequestKey
+from tandem.errors import UnknownModel
+from tandem.v1 import router_pb2, router_pb2_grpc
+from tandem.wire import codec
+
+
+class RouterControl(router_pb2_grpc.RouterServiceServicer):
+    def __init__(self, routers: Mapping[str, ModelRouter], instance: str, now: Callable[[], float]) -> None:
+        self._routers = routers
+        self._instance = instance
+        self._now = now
+
+    async def Explain(
+        self, request: router_pb2.ExplainRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.ExplainResponse:
+        router = await self._router(request.model, context)
+        asked = Request(
+            key=RequestKey("explain"),
+            model=request.model,
+            isl_tokens=request.isl_tokens,
+            max_osl_tokens=request.max_tokens or 256,
+            arrival_s=self._now(),
+            timeout_s=600.0,
+            tenant=request.tenant or "default",
+            request_class=request.request_class,
+        )
+        return _explanation(await router.explain(asked, request.block_hashes))
+
+    async def ListWorkers(
+        self, request: router_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.ListWorkersResponse:
+        routers = [await self._router(request.model, context)] if request.model else list(self._routers.values())
+        now = self._now()
+        answer = router_pb2.ListWorkersResponse()
+        for router in routers:
+            for member in router.fleet.members.values():
+                liveness = "suspect" if member.suspect else "draining" if member.spec.draining else "alive"
+                state = answer.workers.add(
+                    info=codec.spec_to_wire(member.spec), liveness=liveness, silent_s=now - member.heard_at
+                )
+                if member.report is not None:
+                    state.load.CopyFrom(member.report)
+        return answer
+
+    async def GetPolicy(
+        self, request: router_pb2.GetPolicyRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.GetPolicyResponse:
+        router = await self._router(request.model, context)
+        return router_pb2.GetPolicyResponse(policy_json=router.policy_json())
+
+    async def GetLeaders(
+        self, request: router_pb2.GetLeadersRequest, context: grpc.aio.ServicerContext
+    ) -> router_pb2.GetLeadersResponse:
+        leaders = [
+            router_pb2.Leader(
+                model=router.model,
+                router=router.leadership.leader,
+                epoch=router.leadership.heard_epoch,
+                self=bool(router.leadership.epoch),
+            )
+            for router in self._routers.values()
+        ]
+        return router_pb2.GetLeadersResponse(leaders=leaders)
+
+    async def _router(self, model: str, context: grpc.aio.ServicerContext) -> ModelRouter:
+        router = self._routers.get(model)
+        if router is None:
+            names = ", ".join(self._routers)
+            await abort_with(context, UnknownModel(f"no model {model!r}; this router has: {names}"))
+        assert router is not None
+        return router
+
+
+def _explanation(explanation: Explanation) -> router_pb2.ExplainResponse:
+    answer = router_pb2.ExplainResponse(summary=explanation.summary)
+    for candidate in explanation.candidates:
+        answer.candidates.add(
+            decode_worker=candidate.plan.decode_worker,
+            prefill_worker=candidate.plan.prefill_worker or "",
+            score=candidate.score,
+            terms=[router_pb2.Term(name=name, value=value) for name, value in candidate.terms.items()],
+            chosen=candidate.plan == explanation.chosen,
+            excluded=candidate.excluded,
+        )
+    return answer
