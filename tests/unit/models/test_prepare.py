@@ -65,7 +65,7 @@ def test_two_processes_make_it_once(tmp_path: Path) -> None:
 
 def test_check_folder_names_what_is_wrong(tokenizer_folder: Path, tmp_path: Path) -> None:
     prepare.check_folder(tokenizer_folder, weights=False)
-    with pytest.raises(ConfigError, match="no .*safetensors file"):
+    with pytest.raises(ConfigError, match=r"no .*safetensors file"):
         prepare.check_folder(tokenizer_folder)
     copy = shutil.copytree(tokenizer_folder, tmp_path / "copy")
     header = json.dumps({"w": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}}).encode()
