@@ -1,0 +1,405 @@
+"""The simulated engine in real time: the engine model on the event loop's clock, with a KV plane of its own.
+
+Nothing is computed and no KV moves, but time passes as if, blocks are paged, cached and evicted, and the tokens are a
+function of the tokens before them (enginemodel/content.py) and of what the KV blocks hold. So a worker, a router or a
+frontend meets the behaviour of an engine, faults included, without a model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from tandem.core.types import FinishReason, StepTiming
+from tandem.engine.kv_plane import KvServer, KvSource, read_blocks
+from tandem.engine.protocol import (
+    AllBlocksCleared,
+    BlocksRemoved,
+    BlocksStored,
+    EngineConfig,
+    EngineInfo,
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    KvEvent,
+    KvHandoff,
+    Sink,
+)
+from tandem.engine.sim_config import SimArgs
+from tandem.enginemodel.block_pool import CacheEvent, Removed, Stored
+from tandem.enginemodel.content import TokenContent, Vocabulary
+from tandem.enginemodel.engine_model import EngineModel
+from tandem.enginemodel.link import Link
+from tandem.enginemodel.sequence import ModelConfig, Output, Pull, StepResult
+from tandem.enginemodel.sequence import Sequence as ModelSequence
+from tandem.errors import ConfigError, ContextLengthExceeded, EngineFailed, HandoffFailed, InvalidRequest, TandemError
+
+_log = logging.getLogger(__name__)
+
+#: A step that begins so soon after the last one ended begins, by its clock, where that ended: sleeps do not drift.
+_BACK_TO_BACK_S = 0.02
+_KEPT_TIMINGS = 1000
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """A request whose sink has not seen its end."""
+
+    request: EngineRequest
+    sink: Sink
+    content: TokenContent
+    source: KvSource | None = None
+    started: bool = False  # whether the sink has seen anything
+    transferred_bytes: int | None = None
+    transfer_s: float | None = None
+
+
+class SimEngine:
+    """Implements ``tandem.engine.protocol.Engine``."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """ConfigError if the options are wrong."""
+        self._config = config
+        self._args = SimArgs.parse(config.args)
+        self._engine_id = uuid.uuid4().hex
+        try:
+            model_config = ModelConfig(
+                num_blocks=self._args.num_blocks(config),
+                block_size=config.block_size,
+                max_num_seqs=self._args.max_num_seqs,
+                max_batched_tokens=self._args.max_batched_tokens,
+                max_model_len=config.max_model_len,
+                lease_s=config.kv_lease_s,
+            )
+        except ValueError as error:
+            raise ConfigError(f"simulated engine: {error}", param="engine_args") from error
+        self._model = EngineModel(model_config, self._args.timing())
+        self._vocabulary = Vocabulary(())
+        self._live: dict[str, _Live] = {}
+        self._undelivered: list[tuple[Sink, EngineOutput]] = []
+        self._pulls: dict[str, asyncio.Task[None]] = {}
+        self._notices: set[asyncio.Task[None]] = set()
+        self._link = Link(self._args.link_bytes_per_s * (self._args.speedup or 1.0))
+        self._kv_server = KvServer(self._engine_id, self._read_held, self._done_reading)
+        self._reads_after_expiry = 0
+        self._timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
+        self._steps = 0
+        self._last_step_at = 0.0
+        self._wake = asyncio.Event()
+        self._dead = asyncio.Event()
+        self._on_kv_events: Callable[[Sequence[KvEvent]], None] = lambda events: None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    # -- the port ------------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> EngineInfo:
+        config, model = self._config, self._model.config
+        return EngineInfo(
+            engine="sim",
+            engine_version="1",
+            engine_id=self._engine_id,
+            dtype=config.dtype,
+            kv_layout="sim",
+            block_size=config.block_size,
+            max_model_len=config.max_model_len,
+            kv_blocks_total=model.num_blocks,
+            kv_bytes_per_token=self._args.kv_bytes_per_token,
+            max_batched_tokens=model.max_batched_tokens,
+            max_num_seqs=model.max_num_seqs,
+            perf_profile=self._args.profile,
+            kv_endpoint=f"{config.kv_host}:{self._kv_server.port}" if config.disaggregated else "",
+            link_bytes_per_s=self._args.link_bytes_per_s,
+        )
+
+    @property
+    def dead(self) -> asyncio.Event:
+        return self._dead
+
+    async def start(self, on_kv_events: Callable[[Sequence[KvEvent]], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_kv_events = on_kv_events
+        self._vocabulary = await asyncio.to_thread(self._args.vocabulary, self._config.model_path)
+        if self._config.disaggregated:
+            try:
+                await self._kv_server.start(self._config.kv_host, self._config.kv_port)
+            except OSError as error:
+                raise EngineFailed(f"KV endpoint {self._config.kv_host}:{self._config.kv_port}: {error}") from error
+        self._last_step_at = self._now()
+        self._task = asyncio.create_task(self._run(), name="sim-engine")
+
+    def submit(self, request: EngineRequest, sink: Sink) -> None:
+        try:
+            live = self._accept(request, sink)
+        except TandemError as error:
+            self._undelivered.append((sink, EngineOutput(finish=FinishReason.ERROR, error=error)))
+        else:
+            self._live[request.request_id] = live
+        self._wake.set()
+        if self._dead.is_set():
+            self._loop_().call_soon(self._deliver_rest)
+
+    def abort(self, request_id: str) -> None:
+        if not self._model.abort(request_id):
+            return
+        live = self._live.pop(request_id)
+        if (pull := self._pulls.pop(request_id, None)) is not None:
+            pull.cancel()
+            self._model.pull_done(request_id, None)
+        self._undelivered.append((live.sink, EngineOutput(finish=FinishReason.ABORT)))
+        self._wake.set()
+
+    def claim_handoff(self, handoff_id: str, engine_id: str) -> float | None:
+        return self._model.claim_handoff(handoff_id, self._now()) if engine_id == self._engine_id else None
+
+    def release_handoff(self, handoff_id: str, *, pulled: bool) -> None:
+        if self._model.release_handoff(handoff_id):
+            self._wake.set()
+
+    def stats(self) -> EngineStats:
+        now, model = self._now(), self._model
+        model.expire_handoffs(now)
+        tokens, context = model.pending_prefill()
+        return EngineStats(
+            waiting_requests=len(model.waiting()),
+            running_requests=model.num_running,
+            pending_prefill_tokens=tokens,
+            pending_prefill_context_tokens=context,
+            kv_blocks_used=model.pool.num_used,
+            kv_tokens=model.decode_kv_tokens,
+            steps=self._steps,
+            last_step_age_s=now - self._last_step_at,
+            open_handoffs=len(model.handoffs),
+            reads_after_expiry=self._reads_after_expiry,
+            preemptions=model.preemptions,
+        )
+
+    def take_step_timings(self) -> list[StepTiming]:
+        timings = list(self._timings)
+        self._timings.clear()
+        return timings
+
+    async def reset_prefix_cache(self) -> None:
+        self._model.pool.clear_cache()
+        self._publish(self._model.pool.take_events())
+
+    async def stop(self) -> None:
+        tasks = [task for task in (self._task, *self._pulls.values(), *self._notices) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._kv_server.stop()
+        self._end_all(EngineOutput(finish=FinishReason.ABORT))
+        self._dead.set()
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def _accept(self, request: EngineRequest, sink: Sink) -> _Live:
+        """Give it to the model; TandemError if it cannot run here."""
+        if self._dead.is_set():
+            raise EngineFailed("the engine has stopped")
+        if request.sampling.structured_output is not None:
+            raise InvalidRequest("the simulated engine has no structured output", param="response_format")
+        source = self._source(request) if request.handoff is not None else None
+        content = TokenContent(
+            request.prompt,
+            request.sampling,
+            self._vocabulary,
+            self._config.block_size,
+            request.lora,
+            request.cache_salt,
+        )
+        sequence = ModelSequence(
+            request.request_id,
+            content,
+            request.sampling.max_tokens,
+            request.priority,
+            produce_handoff=request.produce_handoff,
+            remote=source is not None,
+        )
+        try:
+            self._model.submit(sequence)
+        except ValueError as error:
+            raise ContextLengthExceeded(str(error), param="messages") from error
+        return _Live(request, sink, content, source)
+
+    def _source(self, request: EngineRequest) -> KvSource:
+        handoff = request.handoff
+        assert handoff is not None
+        if not self._config.disaggregated:
+            raise HandoffFailed("this engine takes no KV handoffs")
+        if handoff.num_tokens != len(request.prompt):
+            raise HandoffFailed(f"KV handoff of {handoff.num_tokens} tokens for a prompt of {len(request.prompt)}")
+        return KvSource.parse(handoff.params, -(-handoff.num_tokens // self._config.block_size))
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        try:
+            await self._step_forever()
+        except Exception as error:
+            self._die(error)
+
+    def _die(self, error: BaseException) -> None:
+        """The engine's last words: whatever it was, every request must hear of it."""
+        _log.error("simulated engine died", exc_info=error)
+        if self._task is not None:
+            self._task.cancel()
+        self._dead.set()
+        self._end_all(EngineOutput(finish=FinishReason.ERROR, error=EngineFailed(f"the engine died: {error!r}")))
+
+    async def _step_forever(self) -> None:
+        end = 0.0
+        while True:
+            self._deliver_rest()
+            self._wake.clear()
+            now = self._now()
+            begin = end if now - end < _BACK_TO_BACK_S else now
+            result = self._model.step(begin)
+            self._start_pulls(result)
+            if result.steps == 0:
+                self._publish(result.events)
+                await self._wait_for_work(now)
+                continue
+            end = begin + result.duration_s
+            await asyncio.sleep(max(0.0, end - self._now()))
+            self._steps += 1
+            self._last_step_at = self._now()
+            if result.timing is not None:
+                self._timings.append(replace(result.timing, duration_s=max(self._last_step_at - begin, 0.0)))
+            self._publish(result.events)
+            for output in result.outputs:
+                self._deliver(output)
+
+    async def _wait_for_work(self, now: float) -> None:
+        expiry = self._model.next_expiry()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if expiry is None else max(0.001, expiry - now)):
+                await self._wake.wait()
+
+    def _deliver(self, output: Output) -> None:
+        request_id = output.sequence.request_id
+        live = self._live.get(request_id)
+        if live is None:  # aborted while this step ran
+            if output.handoff is not None:
+                self._model.release_handoff(output.handoff.handoff_id)
+            return
+        if output.finish is not None:
+            del self._live[request_id]
+        live.sink(self._engine_output(output, live))
+        live.started = True
+
+    def _engine_output(self, output: Output, live: _Live) -> EngineOutput:
+        sampling, token = live.request.sampling, output.token
+        first = not live.started
+        logprobs = prompt_logprobs = None
+        if sampling.logprobs is not None and token is not None:
+            logprobs = [live.content.logprobs(token, max(1, sampling.logprobs))]
+        if sampling.prompt_logprobs is not None and first:
+            count = max(1, sampling.prompt_logprobs)
+            prompt_logprobs = [None, *(live.content.logprobs(t, count) for t in live.request.prompt[1:])]
+        return EngineOutput(
+            token_ids=() if token is None else (token,),
+            finish=output.finish,
+            stop_token_id=output.stop_token_id,
+            cached_tokens=output.sequence.cached_tokens if first else None,
+            transferred_bytes=live.transferred_bytes if first else None,
+            transfer_s=live.transfer_s if first else None,
+            handoff=None if output.handoff is None else self._handoff(output),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _handoff(self, output: Output) -> KvHandoff:
+        handoff = output.handoff
+        assert handoff is not None
+        config = self._config
+        source = KvSource(config.kv_host, self._kv_server.port, self._engine_id, handoff.handoff_id, handoff.blocks)
+        return KvHandoff(handoff.handoff_id, self._engine_id, handoff.num_tokens, source.dump())
+
+    def _deliver_rest(self) -> None:
+        undelivered, self._undelivered = self._undelivered, []
+        for sink, output in undelivered:
+            sink(output)
+
+    def _end_all(self, output: EngineOutput) -> None:
+        self._deliver_rest()
+        live, self._live = self._live, {}
+        for one in live.values():
+            one.sink(output)
+
+    def _publish(self, events: Sequence[CacheEvent]) -> None:
+        if events:
+            self._on_kv_events([_kv_event(event) for event in events])
+
+    # -- the KV plane --------------------------------------------------------------------------------------------
+
+    def _start_pulls(self, result: StepResult) -> None:
+        for pull in result.pulls:
+            task = asyncio.create_task(self._pull(pull, self._live[pull.request_id]), name=f"kv-pull-{pull.request_id}")
+            self._pulls[pull.request_id] = task
+            task.add_done_callback(self._task_ended)
+        for request_id in result.released:
+            task = asyncio.create_task(self._decline(self._live[request_id]), name=f"kv-notice-{request_id}")
+            self._notices.add(task)
+            task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._notices.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._die(error)
+
+    async def _pull(self, pull: Pull, live: _Live) -> None:
+        assert live.source is not None
+        num_bytes = pull.num_blocks * self._config.block_size * self._args.kv_bytes_per_token
+        began = self._now()
+
+        def transfer_s() -> float:
+            now = self._now()
+            return self._link.send(now, num_bytes) - now if self._args.speedup else 0.0
+
+        contents = await read_blocks(live.source, live.source.blocks[pull.first_block :], transfer_s)
+        if contents is not None:
+            live.transferred_bytes, live.transfer_s = num_bytes, self._now() - began
+        del self._pulls[pull.request_id]
+        self._model.pull_done(pull.request_id, contents)
+        self._wake.set()
+
+    async def _decline(self, live: _Live) -> None:
+        """All of the prompt is cached here: the producer need not hold it."""
+        assert live.source is not None
+        await read_blocks(live.source, (), lambda: 0.0)
+
+    def _read_held(self, handoff_id: str, blocks: Sequence[int]) -> list[int]:
+        """A consumer reads our memory."""
+        self._model.expire_handoffs(self._now())
+        if handoff_id not in self._model.handoffs:
+            self._reads_after_expiry += 1
+        return [self._model.pool.content[block] for block in blocks]
+
+    def _done_reading(self, handoff_id: str) -> None:
+        self.release_handoff(handoff_id, pulled=True)
+
+    def _loop_(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            raise EngineFailed("the engine was not started")
+        return self._loop
+
+    def _now(self) -> float:
+        return self._loop_().time()
+
+
+def _kv_event(event: CacheEvent) -> KvEvent:
+    match event:
+        case Stored(hashes, parent, token_ids, lora, cache_salt):
+            return BlocksStored(hashes, parent, token_ids, lora, cache_salt)
+        case Removed(hashes):
+            return BlocksRemoved(hashes)
+        case _:
+            return AllBlocksCleared()

@@ -1,0 +1,178 @@
+"""What a sequence consists of: real token ids for the simulated engine, mere block hashes for the simulator.
+
+``TokenContent`` draws each token as a function of *all tokens before it* (and of seed and LoRA), by a streaming XXH3
+over them. So every engine continues the same tokens in the same way, and prompt + output so far, submitted as a new
+prompt, continues as the original would have. The KV's taint (see block_pool) goes into the draw: wrong KV, wrong
+tokens.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Protocol
+
+import xxhash
+
+from tandem.core.blocks import block_hash, chain, root_hash, sequence_hashes, token_bytes
+from tandem.core.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The outcome of one sampling. ``token`` is None where no tokens are modelled."""
+
+    token: int | None = None
+    stop: bool = False
+    stop_token_id: int | None = None
+
+
+class Content(Protocol):
+    """Grows by one token per ``draw``; ``hashes`` covers its full blocks as far as they are known."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def hashes(self) -> Sequence[int]: ...
+
+    @property
+    def lora(self) -> str: ...
+
+    @property
+    def cache_salt(self) -> str: ...
+
+    @property
+    def silent(self) -> bool:
+        """True if ``draw`` neither gives tokens nor stops, so that it need not be called."""
+        ...
+
+    def draw(self, taint: int) -> Draw: ...
+
+    def tail_hash(self) -> int:
+        """Hash of the prompt's last, partly filled block; 0 if there is none."""
+        ...
+
+    def block_tokens(self, first: int, last: int) -> Sequence[int]:
+        """Token ids of blocks ``first`` to ``last`` (exclusive); empty where no tokens are modelled."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HashContent:
+    """Only lengths and block hashes. ``hashes`` may reach into the output, where a trace tells them."""
+
+    prompt_tokens: int
+    hashes: Sequence[int] = ()
+    lora: str = ""
+    cache_salt: str = ""
+    silent: bool = True
+
+    def draw(self, taint: int) -> Draw:
+        return Draw()
+
+    def tail_hash(self) -> int:
+        return 0
+
+    def block_tokens(self, first: int, last: int) -> Sequence[int]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Which tokens a simulated model says. ``mean_osl`` 0 = it never ends by itself."""
+
+    ids: Sequence[int]
+    eos_id: int | None = None
+    mean_osl: int = 0
+
+
+class TokenContent:
+    """A sequence of real token ids."""
+
+    silent = False
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        vocabulary: Vocabulary,
+        block_size: int,
+        lora: str = "",
+        cache_salt: str = "",
+    ) -> None:
+        self.prompt_tokens = len(prompt)
+        self.tokens = array("I", prompt)
+        self.lora = lora
+        self.cache_salt = cache_salt
+        self._sampling = sampling
+        self._vocabulary = vocabulary
+        self._block_size = block_size
+        raw = token_bytes(self.tokens)
+        self._root = root_hash("engine", lora, cache_salt)
+        self.hashes = sequence_hashes(raw, block_size, self._root)
+        seed = 0 if sampling.seed is None else sampling.seed + 1
+        self._state = xxhash.xxh3_64(raw, seed=xxhash.xxh3_64_intdigest(f"{seed}\0{lora}".encode()))
+        bias = dict(sampling.logit_bias)
+        self._forced = next((token for token, weight in bias.items() if weight >= 100), None)
+        self._banned = frozenset(token for token, weight in bias.items() if weight <= -100)
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens
+
+    def draw(self, taint: int) -> Draw:
+        sampling = self._sampling
+        early = self.output_tokens < sampling.min_tokens
+        token = self._pick(self._state.intdigest() ^ taint, early)
+        self._append(token)
+        if early:
+            return Draw(token)
+        if token in sampling.stop_token_ids:
+            return Draw(token, stop=True, stop_token_id=token)
+        return Draw(token, stop=token == self._vocabulary.eos_id and not sampling.ignore_eos)
+
+    def _pick(self, digest: int, early: bool) -> int:
+        """``early``: tokens that would end the sequence are masked out."""
+        vocabulary, sampling = self._vocabulary, self._sampling
+        ends = vocabulary.eos_id is not None and vocabulary.mean_osl and not early and not sampling.ignore_eos
+        if ends and (digest >> 32) % vocabulary.mean_osl == 0:
+            assert vocabulary.eos_id is not None
+            return vocabulary.eos_id
+        if self._forced is not None:
+            return self._forced
+        ids = vocabulary.ids
+        for offset in range(len(ids)):
+            token = ids[(digest + offset) % len(ids)]
+            if token not in self._banned and not (early and token in sampling.stop_token_ids):
+                return token
+        return ids[digest % len(ids)]
+
+    def _append(self, token: int) -> None:
+        tokens, size = self.tokens, self._block_size
+        tokens.append(token)
+        self._state.update(token.to_bytes(4, "little"))
+        if len(tokens) % size == 0:
+            parent = self.hashes[-1] if self.hashes else self._root
+            self.hashes.append(chain(parent, block_hash(tokens[-size:].tobytes())))
+
+    def tail_hash(self) -> int:
+        full = self.prompt_tokens // self._block_size
+        tail = self.tokens[full * self._block_size : self.prompt_tokens]
+        return chain(self.hashes[full - 1] if full else self._root, block_hash(tail.tobytes())) if tail else 0
+
+    def block_tokens(self, first: int, last: int) -> Sequence[int]:
+        return self.tokens[first * self._block_size : last * self._block_size]
+
+    def logprobs(self, token: int, count: int) -> list[tuple[int, float, int]]:
+        """Made-up candidates for a drawn token, which ranks first: rank r has probability 2**-r."""
+        ids = self._vocabulary.ids
+        found = [token]
+        position = xxhash.xxh3_64_intdigest(token.to_bytes(4, "little")) % len(ids)
+        while len(found) < min(count, len(ids)):
+            if (other := ids[position % len(ids)]) not in found:
+                found.append(other)
+            position += 1
+        return [(found[i], (i + 1) * log(0.5), i + 1) for i in range(len(found))]
