@@ -1,0 +1,264 @@
+"""What each worker is busy with, as the router knows it: its own placements, exactly, plus what others put there.
+
+*Own* load changes by event only: ``book`` when a request is placed, ``prefill_done`` and ``release`` when a worker
+says so. *Foreign* load is what load reports show beyond our own: requests of a former leader, or of nobody we know.
+
+Reports are old (up to ``Policy.report_lag_s``) and carry no time that we could compare, so they are read with two
+rules. A report may contain requests that we have since seen end: foreign load is what exceeds the *highest* own load
+of the last ``lag`` seconds. A report may lack requests that we have since dispatched: it may lower the pending prefill
+only down to what it says plus all that was dispatched within the last ``lag`` seconds. So nothing is counted twice,
+a stale report erases nothing, and no number goes below zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from tandem.core.perf_model import PerfModel
+from tandem.core.types import RequestKey, Role, WorkerLoad, WorkerSpec
+
+#: Share of the oldest prefill that elapsed time alone may count as done; the rest ends by event.
+_MAX_PROGRESS = 0.95
+
+
+@dataclass(slots=True)
+class Booking:
+    """What one request takes on one worker."""
+
+    key: RequestKey
+    prefill_tokens: int  # still to compute here; 0 once done, or if this worker only decodes
+    prefill_context: float
+    prefill_s: float  # predicted for these tokens alone
+    kv_blocks: int
+    decodes: bool  # takes a place in the decode batch
+    kv_tokens: int  # read per decode step: the prompt
+    transfer_bytes: float = 0.0  # still to cross this worker's link
+    booked_s: float = 0.0
+
+
+class _Peak:
+    """Highest value of the last one to two windows, in O(1)."""
+
+    __slots__ = ("_bucket", "_current", "_previous", "_window")
+
+    def __init__(self, window: float) -> None:
+        self._window = window
+        self._bucket = -1
+        self._current = 0
+        self._previous = 0
+
+    def note(self, value: int, now: float) -> None:
+        self._roll(value, now)
+        if value > self._current:
+            self._current = value
+
+    def read(self, value: int, now: float) -> int:
+        """``value`` is the present one."""
+        self._roll(value, now)
+        return max(value, self._current, self._previous)
+
+    def _roll(self, value: int, now: float) -> None:
+        bucket = math.floor(now / self._window)
+        if bucket == self._bucket:
+            return
+        self._previous = self._current if bucket == self._bucket + 1 else value
+        self._current = value
+        self._bucket = bucket
+
+
+class WorkerView:
+    """One incarnation of a worker. Plain attributes are read by placement; only methods change them."""
+
+    __slots__ = (
+        "_dispatched", "_lag", "_peak_blocks", "_peak_kv", "_peak_seqs", "_peak_tokens", "_prefilling",
+        "_progress_from", "_recent_tokens", "_report", "_rho", "_rho_at", "bookings", "draining",
+        "foreign_blocks", "foreign_context", "foreign_kv_tokens", "foreign_sequences", "foreign_tokens", "id",
+        "kv_blocks", "kv_limit", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf",
+        "role", "spec", "suspect", "transfer_bytes",
+    )  # fmt: skip
+
+    def __init__(self, spec: WorkerSpec, perf: PerfModel, lag: float) -> None:
+        self.id = spec.id
+        self.spec = spec
+        self.role = spec.role
+        self.draining = spec.draining
+        self.suspect = False
+        self.perf = perf
+        self.bookings: dict[RequestKey, Booking] = {}
+        self.own_tokens = 0
+        self.own_context = 0.0
+        self.own_blocks = 0
+        self.own_sequences = 0
+        self.own_kv_tokens = 0
+        self.transfer_bytes = 0.0
+        self.foreign_tokens = 0
+        self.foreign_context = 0.0
+        self.foreign_blocks = 0
+        self.foreign_sequences = 0
+        self.foreign_kv_tokens = 0
+        self._lag = lag
+        self._peak_tokens = _Peak(lag)
+        self._peak_blocks = _Peak(lag)
+        self._peak_seqs = _Peak(lag)
+        self._peak_kv = _Peak(lag)
+        self._prefilling: dict[RequestKey, None] = {}  # in dispatch order
+        self._progress_from = 0.0
+        self._dispatched: deque[tuple[float, int]] = deque()
+        self._recent_tokens = 0
+        self._report: WorkerLoad | None = None
+        self._rho = 0.0
+        self._rho_at = 0.0
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def book(self, booking: Booking, now: float, tau_s: float) -> None:
+        """``tau_s``: time over which the prefill that disturbs this worker's decodes is averaged."""
+        booking.booked_s = now
+        self.bookings[booking.key] = booking
+        self.own_blocks += booking.kv_blocks
+        self.transfer_bytes += booking.transfer_bytes
+        if booking.decodes:
+            self.own_sequences += 1
+            self.own_kv_tokens += booking.kv_tokens
+        if booking.prefill_tokens:
+            if not self._prefilling:
+                self._progress_from = now
+            self._prefilling[booking.key] = None
+            self.own_tokens += booking.prefill_tokens
+            self.own_context += booking.prefill_context
+            self._dispatched.append((now, booking.prefill_tokens))
+            self._recent_tokens += booking.prefill_tokens
+            self._rho = self.prefill_share_s(now, tau_s) + booking.prefill_s
+            self._rho_at = now
+        self._note_peaks(now)
+
+    def prefill_done(self, key: RequestKey, now: float) -> None:
+        """Credit returns. Unknown or repeated: no-op."""
+        booking = self.bookings.get(key)
+        if booking is None or not booking.prefill_tokens:
+            return
+        self._note_peaks(now)
+        self.own_tokens -= booking.prefill_tokens
+        self.own_context -= booking.prefill_context
+        booking.prefill_tokens = 0
+        booking.prefill_context = 0.0
+        if next(iter(self._prefilling)) == key:
+            self._progress_from = now
+        del self._prefilling[key]
+        if not self._prefilling:
+            self.own_context = 0.0  # sheds what float sums leave
+
+    def transfer_done(self, key: RequestKey) -> None:
+        booking = self.bookings.get(key)
+        if booking is not None:
+            self.transfer_bytes -= booking.transfer_bytes
+            booking.transfer_bytes = 0.0
+
+    def release(self, key: RequestKey, now: float) -> None:
+        """Everything that this request takes here is given back. Unknown: no-op."""
+        self.prefill_done(key, now)
+        self.transfer_done(key)
+        booking = self.bookings.pop(key, None)
+        if booking is None:
+            return
+        self._note_peaks(now)
+        self.own_blocks -= booking.kv_blocks
+        if booking.decodes:
+            self.own_sequences -= 1
+            self.own_kv_tokens -= booking.kv_tokens
+        if not self.bookings:
+            self.transfer_bytes = 0.0
+
+    def report(self, load: WorkerLoad, now: float) -> None:
+        self._report = load
+        self.draining = load.draining
+        if load.role is not None:
+            self.role = load.role
+        self.foreign_tokens = max(0, load.pending_prefill_tokens - self._peak_tokens.read(self.own_tokens, now))
+        share = self.foreign_tokens / load.pending_prefill_tokens if load.pending_prefill_tokens else 0.0
+        self.foreign_context = share * load.pending_prefill_context_tokens
+        self.foreign_blocks = max(0, load.kv_blocks_used - self._peak_blocks.read(self.own_blocks, now))
+        requests = load.waiting_requests + load.running_requests
+        self.foreign_sequences = max(0, requests - self._peak_seqs.read(len(self.bookings), now))
+        self.foreign_kv_tokens = max(0, load.kv_tokens - self._peak_kv.read(self._kv_bound(), now))
+        if not self.foreign_sequences:
+            self.foreign_tokens = self.foreign_kv_tokens = 0
+            self.foreign_context = 0.0
+        while self._dispatched and self._dispatched[0][0] < now - self._lag:
+            self._recent_tokens -= self._dispatched.popleft()[1]
+
+    def finished_by_report(self, now: float) -> list[RequestKey]:
+        """Bookings that the latest report contradicts: the worker is idle and they are older than any report's age.
+
+        Lifecycle events travel best effort; this repairs what was lost. A booking that waits for a KV transfer, on
+        either side of it, is no work of the engine and therefore never contradicted.
+        """
+        load = self._report
+        if load is None or load.waiting_requests or load.running_requests or load.pending_prefill_tokens:
+            return []
+        before = now - 2.0 * self._lag
+        return [
+            b.key for b in self.bookings.values() if b.booked_s < before and (b.prefill_tokens or not b.transfer_bytes)
+        ]
+
+    # --- readings ---------------------------------------------------------------------------------------------------
+
+    def pending(self, now: float) -> tuple[float, float]:
+        """(prompt tokens still to compute, sum of their contexts), own and foreign."""
+        tokens = float(self.own_tokens + self.foreign_tokens)
+        context = self.own_context + self.foreign_context
+        if self._prefilling:
+            head = self.bookings[next(iter(self._prefilling))]
+            if head.prefill_s > 0.0:
+                done = min(_MAX_PROGRESS, max(0.0, now - self._progress_from) / head.prefill_s)
+                tokens -= done * head.prefill_tokens
+                context -= done * head.prefill_context
+        if self._report is not None and tokens > 0:
+            known = self._report.pending_prefill_tokens + self._recent_tokens
+            if known < tokens:
+                context *= known / tokens
+                tokens = float(known)
+        return (tokens, context) if tokens > 0 else (0.0, 0.0)
+
+    def prefill_share_s(self, now: float, tau_s: float) -> float:
+        """Seconds of prefill lately spent or pending here, decayed over ``tau_s``."""
+        if self._rho == 0.0:
+            return 0.0
+        return self._rho * math.exp((self._rho_at - now) / tau_s)
+
+    @property
+    def blocks_in_use(self) -> int:
+        return self.own_blocks + self.foreign_blocks
+
+    @property
+    def sequences(self) -> int:
+        return self.own_sequences + self.foreign_sequences
+
+    @property
+    def kv_tokens(self) -> int:
+        """Prompt tokens that the decode batch reads (own) plus all that foreign requests read."""
+        return self.own_kv_tokens + self.foreign_kv_tokens
+
+    @property
+    def idle(self) -> bool:
+        return not self.bookings and not self.foreign_sequences
+
+    @property
+    def usable(self) -> bool:
+        return not (self.draining or self.suspect)
+
+    def _kv_bound(self) -> int:
+        """KV tokens that our own bookings may show at most in a report."""
+        return self.own_blocks * self.spec.block_size
+
+    def _note_peaks(self, now: float) -> None:
+        self._peak_tokens.note(self.own_tokens, now)
+        self._peak_blocks.note(self.own_blocks, now)
+        self._peak_seqs.note(len(self.bookings), now)
+        self._peak_kv.note(self._kv_bound(), now)
+
+
+def of_role(view: WorkerView, role: Role) -> bool:
+    return view.role is role and view.usable

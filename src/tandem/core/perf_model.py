@@ -1,0 +1,160 @@
+"""How long a worker's engine steps take: predicted from a linear roofline, learnt online from its own timings.
+
+    t_prefill_step = p0 + p1*(n + B) + p2*sum(context) + p3*K      a step that computes n prompt tokens beside B decodes
+    t_decode_step  = d0 + d1*B + d2*K                              a step of decodes only
+
+n new prompt tokens, ``context`` the tokens before each of them, B sequences in the batch, K KV tokens that the decodes
+read. Seconds and tokens. Coefficients start from a named profile and are corrected by recursive least squares on the
+*relative* error, so that a short and a long step count alike and one set of settings serves a 5 ms GPU step and a 5 s
+CPU step. Corrections are multipliers of the profile's terms, kept within [1/20, 20]: a term never turns negative, and
+a term that the traffic does not exercise stays as the profile has it. A timing far from the prediction moves the
+model only as far as a clipped one would: a stolen CPU second is an outlier, a slower GPU shows in every step.
+
+Predictions are *not* inflated here; the caller multiplies by ``Policy.inflation``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tandem.core.profiles import Profile
+from tandem.core.types import StepTiming
+
+#: Multipliers of the profile's terms stay within [1/LIMIT, LIMIT].
+LIMIT = 20.0
+#: Weight that a timing keeps after one more has come.
+_FORGET = 0.995
+#: Prior variance of each multiplier: about how wrong (relative) a profile's term may be.
+_PRIOR_VARIANCE = 0.25
+#: A relative residual is clipped to this many times the stated error, and never below the floor.
+_CLIP_ERRORS = 3.0
+_CLIP_FLOOR = 0.25
+_ERROR_MEMORY = 0.03
+
+
+class _Regression:
+    """Recursive least squares for y = sum_i theta_i * x_i on relative residuals; theta starts at 1."""
+
+    __slots__ = ("_cov", "count", "error", "theta")
+
+    def __init__(self, size: int, error: float) -> None:
+        self.theta = [1.0] * size
+        self._cov = [[_PRIOR_VARIANCE if i == j else 0.0 for j in range(size)] for i in range(size)]
+        self.error = error
+        self.count = 0
+
+    def update(self, contributions: list[float], measured: float) -> None:
+        """``contributions``: each profile term's seconds before correction; ``measured``: seconds, positive."""
+        theta, cov = self.theta, self._cov
+        size = len(theta)
+        predicted = sum(t * c for t, c in zip(theta, contributions, strict=True))
+        if predicted <= 0.0:
+            return
+        # Divided by the measurement the target is 1 and every residual is relative.
+        residual = (measured - predicted) / max(measured, predicted)
+        clip = max(_CLIP_FLOOR, _CLIP_ERRORS * self.error)
+        clipped = max(-clip, min(clip, residual))
+        scale = 1.0 / max(measured, predicted)
+        x = [c * scale for c in contributions]
+        gain = [sum(row[j] * x[j] for j in range(size)) for row in cov]
+        # Expected noise of a timing sets how fast certainty grows.
+        noise = 0.01 + self.error * self.error
+        denominator = noise + sum(x[i] * gain[i] for i in range(size))
+        for i in range(size):
+            theta[i] = max(1.0 / LIMIT, min(LIMIT, theta[i] + gain[i] * clipped / denominator))
+        for i in range(size):
+            for j in range(size):
+                cov[i][j] -= gain[i] * gain[j] / denominator
+        # Forgetting only what has been learnt: a direction without news never becomes less certain than the prior.
+        for i in range(size):
+            if cov[i][i] < _PRIOR_VARIANCE * _FORGET:
+                for j in range(size):
+                    cov[i][j] /= _FORGET**0.5
+                    cov[j][i] /= _FORGET**0.5
+        self.error += _ERROR_MEMORY * (min(abs(measured - predicted) / predicted, 1.0) - self.error)
+        self.count += 1
+
+
+@dataclass(frozen=True, slots=True)
+class PerfState:
+    """What has been learnt, for a copy to a sibling or to a store."""
+
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+    prefill_error: float
+    decode_error: float
+
+
+class PerfModel:
+    """One worker's timing model. Coefficients are plain attributes: placement reads them in its inner loop."""
+
+    __slots__ = ("_decode", "_prefill", "d0", "d1", "d2", "p0", "p1", "p2", "p3", "profile")
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self._prefill = _Regression(4, profile.relative_error)
+        self._decode = _Regression(3, profile.relative_error)
+        self._apply()
+
+    def _apply(self) -> None:
+        prior, p, d = self.profile, self._prefill.theta, self._decode.theta
+        self.p0, self.p1, self.p2, self.p3 = prior.p0 * p[0], prior.p1 * p[1], prior.p2 * p[2], prior.p3 * p[3]
+        self.d0, self.d1, self.d2 = prior.d0 * d[0], prior.d1 * d[1], prior.d2 * d[2]
+
+    @property
+    def relative_error(self) -> float:
+        """Mean relative error of recent predictions, the worse of the two phases; at first the profile's own."""
+        return max(self._prefill.error, self._decode.error)
+
+    @property
+    def prefill_error(self) -> float:
+        return self._prefill.error
+
+    @property
+    def decode_error(self) -> float:
+        return self._decode.error
+
+    @property
+    def observations(self) -> int:
+        return self._prefill.count + self._decode.count
+
+    def prefill_s(
+        self, tokens: float, context: float, chunk: int, sequences: float = 0.0, kv_tokens: float = 0.0
+    ) -> float:
+        """Seconds to compute ``tokens`` prompt tokens whose contexts sum to ``context``, ``chunk`` tokens a step,
+        beside ``sequences`` decodes that read ``kv_tokens``."""
+        if tokens <= 0:
+            return 0.0
+        steps = -(-tokens // chunk)
+        return self.p1 * tokens + self.p2 * context + steps * (self.p0 + self.p1 * sequences + self.p3 * kv_tokens)
+
+    def decode_step_s(self, sequences: float, kv_tokens: float) -> float:
+        """Seconds of one step that decodes ``sequences`` sequences with ``kv_tokens`` KV tokens in all."""
+        return self.d0 + self.d1 * sequences + self.d2 * kv_tokens
+
+    def observe(self, steps: Iterable[StepTiming]) -> None:
+        """Learns from what the worker's own clock measured. Steps without work or duration are skipped."""
+        prior = self.profile
+        for step in steps:
+            if step.duration_s <= 0.0:
+                continue
+            if step.prefill_tokens > 0:
+                tokens = step.prefill_tokens + step.decode_sequences
+                terms = [prior.p0, prior.p1 * tokens, prior.p2 * step.prefill_context_tokens, prior.p3 * step.kv_tokens]
+                self._prefill.update(terms, step.duration_s)
+            elif step.decode_sequences > 0:
+                terms = [prior.d0, prior.d1 * step.decode_sequences, prior.d2 * step.kv_tokens]
+                self._decode.update(terms, step.duration_s)
+        self._apply()
+
+    def state(self) -> PerfState:
+        return PerfState(tuple(self._prefill.theta), tuple(self._decode.theta), self._prefill.error, self._decode.error)
+
+    def adopt(self, state: PerfState) -> None:
+        """Starts from what a sibling with the same profile has learnt."""
+        self._prefill.theta = list(state.prefill)
+        self._decode.theta = list(state.decode)
+        self._prefill.error = state.prefill_error
+        self._decode.error = state.decode_error
+        self._apply()

@@ -1,0 +1,47 @@
+"""Service-level objectives: what a request aims at, and whether it got there.
+
+An SLO is opt-in, by class or by request, and binding: what cannot meet it is refused or runs behind the rest. A
+request without one still has *targets*, so that placement can weigh its first token against its neighbours' pace;
+those are stretched to what the fleet can do at all and refuse nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tandem.core.policy import Policy, RequestClass
+from tandem.core.types import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Seconds; ``ttft_s`` counts from arrival. ``binding``: the TTFT is an SLO and not only an aim."""
+
+    ttft_s: float
+    tpot_s: float
+    binding: bool
+
+
+def ttft_slo_s(request: Request, request_class: RequestClass) -> float | None:
+    """The request's own SLO, else its class's, else None."""
+    if request.ttft_slo_s is not None:
+        return request.ttft_slo_s
+    if request_class.ttft_slo_s is None:
+        return None
+    return request_class.ttft_slo_s + request_class.ttft_slo_per_token_s * request.isl_tokens
+
+
+def deadline_s(request: Request, request_class: RequestClass) -> float:
+    """When the first token is due: what orders the queue."""
+    slo = ttft_slo_s(request, request_class)
+    return request.arrival_s + (request_class.ordering_deadline_s if slo is None else slo)
+
+
+def targets(
+    request: Request, request_class: RequestClass, policy: Policy, idle_prefill_s: float, idle_step_s: float
+) -> Targets:
+    """``idle_prefill_s``, ``idle_step_s``: the best that an idle fleet could do for this request, inflated."""
+    slo = ttft_slo_s(request, request_class)
+    ttft = slo if slo is not None else max(request_class.ordering_deadline_s, policy.target_slack * idle_prefill_s)
+    tpot = request_class.tpot_slo_s or max(policy.default_tpot_s, policy.target_slack * idle_step_s)
+    return Targets(max(ttft, 1e-3), tpot, slo is not None)
