@@ -216,9 +216,8 @@ class ModelRouter:
     # -- from the fleet --------------------------------------------------------------------------------------------
 
     def _worker_up(self, spec: WorkerSpec) -> None:
-        if self._bus.connected and spec.draining:
-            log.info("worker %s drains", spec.id)
-        self.scheduler.worker_up(spec, self._now())
+        for key in self.scheduler.worker_up(spec, self._now()):
+            self._refuse(key, WorkerLostError(f"worker {spec.id} restarted"))
         self._poll()
 
     def _worker_suspect(self, worker: str, suspect: bool) -> None:
@@ -228,7 +227,7 @@ class ModelRouter:
 
     def _worker_lost(self, worker: str, incarnation: int, why: str) -> None:
         for key in self.scheduler.worker_down(worker, incarnation, self._now()):
-            self._fail(key, WorkerLostError(f"worker {worker} is gone: {why}"))
+            self._refuse(key, WorkerLostError(f"worker {worker} is gone: {why}"))
         if self.leadership.epoch:
             lost = bus_pb2.WorkerLost(model=self.model, worker=worker, incarnation=incarnation)
             self._publish(subjects.lost(self._cluster, self.model), lost.SerializeToString(), "")
@@ -262,8 +261,8 @@ class ModelRouter:
 
     def _deposed(self) -> None:
         """What waits here goes to the next leader; what runs goes on."""
-        for key in self.scheduler.queued():
-            self._fail(key, NoLeader(f"{self._router} does not lead {self.model} any more"))
+        for key in self.scheduler.withdraw_queue(self._now()):
+            self._refuse(key, NoLeader(f"{self._router} does not lead {self.model} any more"))
 
     async def _save_counters(self) -> None:
         saved: Mapping[str, float] = {}

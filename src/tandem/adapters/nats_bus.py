@@ -77,6 +77,8 @@ class NatsBus:
         self._out: deque[tuple[str, bytes, str]] = deque()
         self._out_bytes = 0
         self._waiting = asyncio.Event()
+        self._all_sent = asyncio.Event()
+        self._all_sent.set()
         self._sender: asyncio.Task[None] | None = None
         self._closed = False
         self._last_error = ""
@@ -128,6 +130,7 @@ class NatsBus:
         self._out.append((subject, data, reply))
         self._out_bytes += len(data)
         self._waiting.set()
+        self._all_sent.clear()
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> _Subscription:
         """Returns when the server has it. BusUnavailable if that takes longer than ``connect_timeout_s``."""
@@ -135,7 +138,7 @@ class NatsBus:
         _check_subject(subject)
 
         async def deliver(msg: Msg) -> None:
-            no_responders = not msg.data and bool(msg.headers) and msg.headers.get("Status") == _NO_RESPONDERS
+            no_responders = not msg.data and (msg.headers or {}).get("Status") == _NO_RESPONDERS
             try:
                 handler(Message(msg.subject, msg.data, msg.reply, no_responders))
             except Exception:  # one message's defect must not end the subscription: it is logged and counted
@@ -179,8 +182,7 @@ class NatsBus:
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
-                while self._out and not self._closed:
-                    await asyncio.sleep(0)
+                await self._all_sent.wait()
                 # The client's PING overtakes what it has not written yet, so one flush is no barrier; during its
                 # round trip the rest is written, and the second one comes after.
                 for _ in range(2):
@@ -223,6 +225,7 @@ class NatsBus:
                     self._complain(f"message to {subject} not sent: {error}")
                 self._out.popleft()
                 self._out_bytes -= len(data)
+            self._all_sent.set()
 
     # --- the connection
 

@@ -321,16 +321,38 @@ class Scheduler:
         self._settle(job, 0.0, 0.0, now)
         self._end(key, Event.FAIL, now)
 
-    def abort(self, request_id: str, max_attempt: int, now: float) -> list[RequestKey]:
-        """Ends every attempt up to ``max_attempt``. Returns those that were placed, for the caller to tell workers."""
-        placed: list[RequestKey] = []
-        for key in [k for k in self._by_id.get(request_id, ()) if k.attempt <= max_attempt]:
+    def abort(self, request_id: str, max_attempt: int, now: float, *, choice: int | None = None) -> list[RequestKey]:
+        """Ends every attempt up to ``max_attempt`` of one choice or (None) of all. Returns the keys that ended."""
+        keys = self._by_id.get(request_id, ())
+        ended = [k for k in keys if k.attempt <= max_attempt and choice in (None, k.choice)]
+        for key in ended:
             job = self._jobs[key]
             if job.state.placed:
-                placed.append(key)
                 self._settle(job, *self._used_so_far(job, now), now)
             self._end(key, Event.ABORT, now)
-        return placed
+        return ended
+
+    def withdraw_queue(self, now: float) -> list[RequestKey]:
+        """Everything that still waits ends here (we lead no more). Returns the keys."""
+        waiting = [key for key, job in self._jobs.items() if job.state is State.QUEUED]
+        for key in waiting:
+            self._end(key, Event.ABORT, now)
+        return waiting
+
+    def prefilling_on(self, worker: str) -> list[RequestKey]:
+        """Requests whose prefill for another worker is on ``worker`` now."""
+        view = self._workers.get(worker)
+        if view is None:
+            return []
+        jobs = ((key, self._jobs.get(key)) for key in view.bookings)
+        return [
+            key
+            for key, job in jobs
+            if job is not None
+            and job.plan is not None
+            and job.plan.prefill_worker == worker
+            and job.decoding_since is None
+        ]
 
     def _admit(self, request: Request, cached: Mapping[str, int], now: float) -> Entry:
         request_class = self._class_of(request)
