@@ -3,7 +3,7 @@
     QUEUED ──place──> PREFILLING ──prefill_done──> TRANSFERRING ──decode_started──> DECODING ──finish──> FINISHED
       │                   │  └───────────decode_started (local leg)───────────────────^
       │                   └── fail, abort, lose: from every placed state
-      └── refuse, abort
+      └── refuse, abort, fail
 
 QUEUED       waits in the router. The only state in which the scheduler still may change its mind.
 PREFILLING   assigned. The first worker computes the prompt; its prefill credit is taken, KV room is reserved on every
@@ -77,6 +77,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.PLACE: State.PREFILLING,
         Event.REFUSE: State.REFUSED,
         Event.ABORT: State.ABORTED,
+        Event.FAIL: State.FAILED,
     },
     State.PREFILLING: {
         Event.PREFILL_DONE: State.TRANSFERRING,

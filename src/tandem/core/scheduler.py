@@ -314,45 +314,26 @@ class Scheduler:
         self._end(key, Event.FINISH, now)
 
     def failed(self, key: RequestKey, now: float) -> None:
-        """A worker could not do it. The tenant is not charged; the frontend submits again."""
+        """A worker could not do it, or the caller gives it up. The tenant is not charged; the frontend submits again,
+        and the same key may come again."""
         job = self._jobs.get(key)
-        if job is None or job.plan is None:
+        if job is None:
             return
         self._settle(job, 0.0, 0.0, now)
         self._end(key, Event.FAIL, now)
 
     def abort(self, request_id: str, max_attempt: int, now: float, *, choice: int | None = None) -> list[RequestKey]:
-        """Ends every attempt up to ``max_attempt`` of one choice or (None) of all. Returns the keys that ended."""
-        keys = self._by_id.get(request_id, ())
-        ended = [k for k in keys if k.attempt <= max_attempt and choice in (None, k.choice)]
-        for key in ended:
+        """Ends every attempt up to ``max_attempt``, of one choice or of all. Returns the keys that ended by it."""
+        ended: list[RequestKey] = []
+        for key in list(self._by_id.get(request_id, ())):
+            if key.attempt > max_attempt or (choice is not None and key.choice != choice):
+                continue
             job = self._jobs[key]
             if job.state.placed:
                 self._settle(job, *self._used_so_far(job, now), now)
             self._end(key, Event.ABORT, now)
+            ended.append(key)
         return ended
-
-    def withdraw_queue(self, now: float) -> list[RequestKey]:
-        """Everything that still waits ends here (we lead no more). Returns the keys."""
-        waiting = [key for key, job in self._jobs.items() if job.state is State.QUEUED]
-        for key in waiting:
-            self._end(key, Event.ABORT, now)
-        return waiting
-
-    def prefilling_on(self, worker: str) -> list[RequestKey]:
-        """Requests whose prefill for another worker is on ``worker`` now."""
-        view = self._workers.get(worker)
-        if view is None:
-            return []
-        jobs = ((key, self._jobs.get(key)) for key in view.bookings)
-        return [
-            key
-            for key, job in jobs
-            if job is not None
-            and job.plan is not None
-            and job.plan.prefill_worker == worker
-            and job.decoding_since is None
-        ]
 
     def _admit(self, request: Request, cached: Mapping[str, int], now: float) -> Entry:
         request_class = self._class_of(request)
@@ -668,7 +649,8 @@ class Scheduler:
         siblings.remove(key)
         if not siblings:
             del self._by_id[key.id]
-        self._remember(key, error)
+        if event not in (Event.FAIL, Event.LOSE):
+            self._remember(key, error)
 
     def _remember(self, key: RequestKey, error: TandemError | None) -> None:
         self._ended[key] = error
@@ -723,6 +705,20 @@ class Scheduler:
     def plan_of(self, key: RequestKey) -> Plan | None:
         job = self._jobs.get(key)
         return job.plan if job else None
+
+    def queued(self) -> list[RequestKey]:
+        """Keys that wait, in the order of their submission."""
+        return list(self._arrivals)
+
+    def prefilling_on(self, worker: str) -> list[RequestKey]:
+        """Keys whose prompt this worker is to compute for another one and has not yet."""
+        view = self._workers.get(worker)
+        if view is None:
+            return []
+        jobs = ((key, self._jobs[key]) for key in view.bookings)
+        return [
+            k for k, job in jobs if job.state is State.PREFILLING and job.plan and job.plan.prefill_worker == worker
+        ]
 
     def workers(self) -> Iterable[WorkerView]:
         """In the order of their ids; to look at, not to change."""
