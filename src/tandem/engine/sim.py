@@ -186,7 +186,7 @@ class SimEngine:
         return timings
 
     async def reset_prefix_cache(self) -> None:
-        self._model.pool.clear_cache()
+        self._model.clear_cache()
         self._publish(self._model.pool.take_events())
 
     async def stop(self) -> None:

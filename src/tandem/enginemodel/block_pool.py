@@ -70,6 +70,10 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - len(self._free)
 
+    def refs(self, block: int) -> int:
+        """How many use this block."""
+        return self._refs[block]
+
     def cached_hashes(self) -> frozenset[int]:
         return frozenset(self._cached)
 

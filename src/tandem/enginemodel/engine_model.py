@@ -117,6 +117,13 @@ class EngineModel:
                 break
             self.release_handoff(oldest.handoff_id)
 
+    def clear_cache(self) -> None:
+        """Forget the prefix cache. Who runs now keeps his blocks and caches no more, so that it stays prefix-closed."""
+        self.pool.clear_cache()
+        for sequence in self.sequences.values():
+            if sequence.blocks:
+                sequence.cached_upto = _UNBOUNDED
+
     # -- what it has to do ---------------------------------------------------------------------------------------
 
     @property
@@ -135,6 +142,10 @@ class EngineModel:
     def waiting(self) -> list[Sequence]:
         """Not running: queued, or waiting for a pull."""
         return [s for s in self.sequences.values() if s.phase in (Phase.WAITING, Phase.PULLING)]
+
+    def dropped(self) -> list[Sequence]:
+        """Aborted, but a pull still writes their blocks."""
+        return list(self._dropped.values())
 
     def pending_prefill(self) -> tuple[int, int]:
         """(tokens, sum of their contexts) still to be computed before first tokens; cached prefixes not looked up."""
@@ -387,8 +398,6 @@ class EngineModel:
         if first >= last:
             return
         pool = self.pool
-        if first and not pool.is_cached(hashes[first - 1]):
-            return  # the cache was cleared under it: stay prefix-closed
         new = first
         for i in range(first, last):
             if new == i and pool.is_cached(hashes[i]):
