@@ -228,9 +228,7 @@ def test_hash_content_tells_first_token_and_end_only() -> None:
     assert sum(r.timing.prefill_tokens for r in d.results if r.timing) == 10 + 2
 
 
-OPS = st.sampled_from(
-    ["submit", "submit", "produce", "remote", "abort", "pull", "fail", "release", "step", "step", "clear"]
-)
+OPS = ["submit", "submit", "produce", "remote", "abort", "pull", "fail", "release", "step", "step", "clear"]
 
 
 @settings(max_examples=150, deadline=None)
