@@ -44,7 +44,7 @@ class NatsWorld:
         self.buses: list[Bus] = []
 
     async def connect(self, **options: Any) -> Bus:
-        self.buses.append(await NatsBus.connect(NatsOptions(self.server.url, **options)))
+        self.buses.append(await NatsBus.connect(self.server.url, options=NatsOptions(**options)))
         return self.buses[-1]
 
     async def stop(self) -> None:
@@ -300,7 +300,7 @@ async def server() -> AsyncIterator[NatsServer]:
 
 
 async def test_a_paused_server_loses_nothing_and_the_buffer_holds(server: NatsServer) -> None:
-    sender = await NatsBus.connect(NatsOptions(server.url, pending_bytes=1 << 20))
+    sender = await NatsBus.connect(server.url, options=NatsOptions(pending_bytes=1 << 20))
     receiver = await NatsBus.connect(server.url)
     got: list[bytes] = []
     await receiver.subscribe("s", lambda m: got.append(m.data))
@@ -321,7 +321,7 @@ async def test_a_paused_server_loses_nothing_and_the_buffer_holds(server: NatsSe
 
 
 async def test_a_server_that_answers_no_ping_is_left(server: NatsServer) -> None:
-    bus = await NatsBus.connect(NatsOptions(server.url, ping_interval_s=0.05, attempt_timeout_s=0.2))
+    bus = await NatsBus.connect(server.url, options=NatsOptions(ping_interval_s=0.05, attempt_timeout_s=0.2))
     server.pause()
     await until(lambda: not bus.connected)
     server.resume()
@@ -332,7 +332,7 @@ async def test_a_server_that_answers_no_ping_is_left(server: NatsServer) -> None
 
 async def test_nobody_there() -> None:
     with pytest.raises(BusUnavailable, match=r"127\.0\.0\.1:1\b"):
-        await NatsBus.connect(NatsOptions("nats://user:secret@127.0.0.1:1", connect_timeout_s=0.3))
+        await NatsBus.connect("nats://user:secret@127.0.0.1:1", options=NatsOptions(connect_timeout_s=0.3))
     with pytest.raises(ConfigError):
         await NatsBus.connect("http://127.0.0.1:1")
 

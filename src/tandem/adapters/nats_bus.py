@@ -41,10 +41,8 @@ _CLIENT_PENDING_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class NatsOptions:
-    """``url`` may hold several servers, comma-separated, and ``user:password@`` or ``token@``."""
+    """Beyond the URL, which may hold user and password, or a token, itself."""
 
-    url: str
-    name: str = "tandem"
     user: str = ""
     password: str = field(default="", repr=False)
     token: str = field(default="", repr=False)
@@ -70,7 +68,10 @@ class _Subscription:
 class NatsBus:
     """See ``tandem.adapters.bus``. Made by ``connect``."""
 
-    def __init__(self, options: NatsOptions) -> None:
+    def __init__(self, url: str, name: str, options: NatsOptions) -> None:
+        self._servers = [server.geturl() for server in _parse_servers(url)]
+        self._shown = _without_secrets(url)
+        self._name = name
         self._options = options
         self._client = Client()
         self._up = asyncio.Event()
@@ -86,18 +87,18 @@ class NatsBus:
         self.stats = BusStats()
 
     @classmethod
-    async def connect(cls, options: NatsOptions | str) -> Self:
-        """Tries until ``connect_timeout_s``, then BusUnavailable with the last reason."""
-        bus = cls(NatsOptions(options) if isinstance(options, str) else options)
-        url = bus._options.url
-        servers = [server.geturl() for server in _parse_servers(url)]
+    async def connect(cls, url: str, *, name: str = "tandem", options: NatsOptions | None = None) -> Self:
+        """``url`` may name several servers, comma-separated, with ``user:password@`` or ``token@``.
+
+        Tries until ``connect_timeout_s``, then BusUnavailable with the last reason."""
+        bus = cls(url, name, options or NatsOptions())
         try:
             async with asyncio.timeout(bus._options.connect_timeout_s):
-                await bus._client.connect(servers, **bus._client_options())
+                await bus._client.connect(bus._servers, **bus._client_options())
         except (TimeoutError, OSError, nats.errors.Error) as error:
             await bus.close()
             reason = bus._last_error or str(error)
-            raise BusUnavailable(f"NATS does not answer at {_without_secrets(url)}: {reason}") from None
+            raise BusUnavailable(f"NATS does not answer at {bus._shown}: {reason}") from None
         bus._is_up()
         bus._sender = asyncio.create_task(bus._send_forever(), name="nats-sender")
         return bus
@@ -232,7 +233,7 @@ class NatsBus:
     def _client_options(self) -> dict[str, Any]:
         options = self._options
         return {
-            "name": options.name,
+            "name": self._name,
             "error_cb": self._on_error,
             "disconnected_cb": self._async(self._up.clear),
             "reconnected_cb": self._async(self._is_up),
