@@ -136,15 +136,23 @@ class Repair(_message.Message):
     from_seq: int
     def __init__(self, key: _Optional[_Union[_types_pb2.RequestKey, _Mapping]] = ..., frontend: _Optional[str] = ..., rid: _Optional[int] = ..., from_seq: _Optional[int] = ...) -> None: ...
 
+class Taint(_message.Message):
+    __slots__ = ("prefill",)
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    prefill: _types_pb2.WorkerRef
+    def __init__(self, prefill: _Optional[_Union[_types_pb2.WorkerRef, _Mapping]] = ...) -> None: ...
+
 class WorkerMessage(_message.Message):
-    __slots__ = ("assignment", "handoff", "repair")
+    __slots__ = ("assignment", "handoff", "repair", "taint")
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     REPAIR_FIELD_NUMBER: _ClassVar[int]
+    TAINT_FIELD_NUMBER: _ClassVar[int]
     assignment: Assignment
     handoff: Handoff
     repair: Repair
-    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., repair: _Optional[_Union[Repair, _Mapping]] = ...) -> None: ...
+    taint: Taint
+    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., repair: _Optional[_Union[Repair, _Mapping]] = ..., taint: _Optional[_Union[Taint, _Mapping]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "kv_transfer_s", "decode_s", "kv_transfer_bytes", "cached_tokens", "computed_tokens", "prefill_worker", "decode_worker", "itl_p50_s", "itl_p99_s")

@@ -123,6 +123,22 @@ class Execution:
         self._handoffs.cancel(request_id, max_attempt, choice)
         return len(found)
 
+    def taint(self, message: bus_pb2.Taint) -> None:
+        """KV pulled from that prefill worker cannot be trusted: its streams fail, and what they left in the cache goes."""
+        for running in self._table.unfinished():
+            if running.leg == bus_pb2.LEG_PREFILL and running.peer == message.prefill.id:
+                error = HandoffFailed(f"KV from {message.prefill.id} was read after its lease")
+                log.error("%s: %s", running.engine_id, error.message)
+                self._engine.abort(running.engine_id)
+                self._end(running, _error_finish(running.rid, error), self._now())
+        self._spawn(self._engine.reset_prefix_cache())
+
+    def warn_peers(self) -> None:
+        """Our engine saw a read after the lease's end: everyone who pulled from us lately must know."""
+        taint = bus_pb2.WorkerMessage(taint=bus_pb2.Taint(prefill=self._outbox.ref))
+        for worker in self._handoffs.recent_peers():
+            self._send(worker, taint, about="t:")
+
     def bounced(self, about: str) -> None:
         """Nobody listened to a message of ours."""
         kind, _, rest = about.partition(":")

@@ -37,9 +37,16 @@ class OpenHandoffs:
         self._engine = engine
         self._lease_s = lease_s
         self._open: dict[str, OpenHandoff] = {}
+        #: decode worker -> when it last got a handoff.
+        self._handed: dict[str, float] = {}
 
     def opened(self, handoff: KvHandoff, entry: OpenHandoff) -> None:
         self._open[handoff.handoff_id] = entry
+        self._handed[entry.decode_worker] = entry.opened_at
+
+    def recent_peers(self) -> list[str]:
+        """Decode workers that may have pulled from us within two leases."""
+        return list(self._handed)
 
     def get(self, handoff_id: str) -> OpenHandoff | None:
         return self._open.get(handoff_id)
@@ -68,6 +75,9 @@ class OpenHandoffs:
 
     def sweep(self, now: float) -> None:
         """Forgets handoffs whose lease the engine has ended by itself; twice the lease covers its extensions."""
+        for worker, at in list(self._handed.items()):
+            if now - at > 2 * self._lease_s:
+                del self._handed[worker]
         for handoff_id, entry in list(self._open.items()):
             if now - entry.opened_at > 2 * self._lease_s:
                 log.warning("handoff %s to %s was never pulled", handoff_id, entry.decode_worker)

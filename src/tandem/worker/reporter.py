@@ -45,6 +45,7 @@ class Reporter:
         self._now = now
         self._seq = 0
         self._hung_since: float | None = None
+        self._late_reads = 0
 
     def report(self, *, with_steps: bool = False) -> bus_pb2.LoadReport:
         """``with_steps`` hands the step timings out; they are given once."""
@@ -79,11 +80,18 @@ class Reporter:
             now = self._now()
             self._table.sweep(now)
             self._handoffs.sweep(now)
+            self._look_for_late_reads()
             self._seq += 1
             try:
                 self._bus.publish(self._subject, self.report(with_steps=True).SerializeToString())
             except BusUnavailable as error:
                 log.warning("load report not sent: %s", error)
+
+    def _look_for_late_reads(self) -> None:
+        late = self._engine.stats().reads_after_expiry
+        if late > self._late_reads:
+            self._execution.warn_peers()
+        self._late_reads = late
 
     def hung_for(self) -> float:
         """Seconds for which the engine has had work and made no step; 0.0 = it is well."""

@@ -168,6 +168,8 @@ class Worker:
                 self.execution.handoff(work.handoff)
             case "repair":
                 self.execution.repair(work.repair)
+            case "taint":
+                self.execution.taint(work.taint)
             case kind:
                 log.error("message of unknown kind %r dropped", kind)
 
