@@ -14,14 +14,17 @@ which can explain itself. Ties go to the candidate that comes first in the order
 
 from __future__ import annotations
 
+import heapq
 import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from tandem.core.accounting import WorkerView
+from tandem.core.accounting import Reading, WorkerView
 from tandem.core.policy import Policy
 from tandem.core.slo import Targets
-from tandem.core.types import CandidateScore, Explanation, Plan, Request, Role
+from tandem.core.types import CandidateScore, Explanation, Plan, Request, RequestKey
 
 _STEEP = 200.0
 _KV_STEEP = 50.0
@@ -52,29 +55,19 @@ class Inquiry:
     cached: Mapping[str, int]
     targets: Targets
     waited_s: float
-    mean_osl: float
+    expected_osl: float
     reserve_tokens: int  # KV tokens to reserve on the decode worker
+    avoid: frozenset[str] = frozenset()
     guard_share: float = 1.0  # background: share of TPOT target and KV that it may fill
-    reserved: Mapping[str, object] = field(default_factory=dict)  # decode workers held for others, by id
+    reserved: Mapping[str, RequestKey] = field(default_factory=dict)  # decode workers held for somebody, by id
 
 
-#: ttft_ms, waited_ms, prefill_ms, transfer_ms, itl_ms, kv_share, r1, r2
-Row = tuple[float, float, float, float, float, float, float, float]
-_TERM_NAMES = (
-    "ttft_ms",
-    "waited_ms",
-    "prefill_ms",
-    "transfer_ms",
-    "itl_ms",
-    "kv_share",
-    "ttft_of_target",
-    "itl_of_target",
-)
+#: The terms of a score, in the order of ``Candidate.row``.
+TERMS = ("ttft_ms", "waited_ms", "prefill_ms", "transfer_ms", "itl_ms", "kv_share", "ttft_of_target", "itl_of_target")
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A plan with its score; ``row`` holds the terms named in ``_TERM_NAMES``."""
+class Candidate(NamedTuple):
+    """A plan with its score; ``row`` holds the values of ``TERMS``."""
 
     score: float
     decode: WorkerView
@@ -82,7 +75,7 @@ class Candidate:
     prefill_s: float  # computing this prompt's own tokens, without what is pending before them
     pending_s: float  # predicted pending prefill of the first worker, without this request
     transfer_bytes: float
-    row: Row
+    row: tuple[float, ...]
 
     @property
     def first(self) -> WorkerView:
@@ -91,6 +84,10 @@ class Candidate:
     @property
     def plan(self) -> Plan:
         return Plan(self.decode.id, self.prefill.id if self.prefill else None)
+
+    @property
+    def itl_s(self) -> float:
+        return self.row[4] / 1e3
 
     @property
     def itl_of_target(self) -> float:
@@ -103,29 +100,29 @@ class Decision:
 
     candidates: tuple[Candidate, ...]
     excluded: tuple[tuple[str, str], ...] = ()  # (worker id, reason)
+    guarded: bool = False  # the guard of background work took candidates out
 
     @property
     def best(self) -> Candidate | None:
         return self.candidates[0] if self.candidates else None
 
-    def explanation(self, chosen: Candidate | None, summary: str = "") -> Explanation:
-        scores = [CandidateScore(c.plan, c.score, dict(zip(_TERM_NAMES, c.row, strict=True))) for c in self.candidates]
+    def explanation(self, chosen: Candidate | None, note: str = "") -> Explanation:
+        scores = [CandidateScore(c.plan, c.score, dict(zip(TERMS, c.row, strict=True))) for c in self.candidates]
         scores += [CandidateScore(Plan(worker), math.inf, {}, reason) for worker, reason in self.excluded]
-        if not summary:
-            summary = _summary(chosen, len(self.candidates))
+        summary = _summary(chosen, len(self.candidates)) + note
         return Explanation(chosen.plan if chosen else None, tuple(scores), summary)
 
 
 def _summary(chosen: Candidate | None, count: int) -> str:
     if chosen is None:
-        return f"no plan among {count} candidates can start now" if count else "no worker can take this request now"
-    where = (
-        f"prefill on {chosen.prefill.id}, decode on {chosen.decode.id}"
-        if chosen.prefill
-        else f"all on {chosen.decode.id}"
-    )
+        return f"none of {count} plans can start now" if count else "no worker can take this request now"
+    decode = chosen.decode.id
+    where = f"prefill on {chosen.prefill.id}, decode on {decode}" if chosen.prefill else f"all on {decode}"
     ttft, itl = chosen.row[0], chosen.row[4]
     return f"{where}: first token predicted {ttft:.0f} ms after arrival, then {itl:.1f} ms per token; best of {count}"
+
+
+# --- hard filters ---------------------------------------------------------------------------------------------------
 
 
 def capacity_tokens(view: WorkerView) -> int:
@@ -139,87 +136,69 @@ def need_blocks(view: WorkerView, tokens: int) -> int:
     return min(blocks_for(tokens, view.spec.block_size), view.spec.kv_blocks_total)
 
 
-# --- hard filters ---------------------------------------------------------------------------------------------------
-
-
-def unfit(view: WorkerView, request: Request) -> str:
+def unfit(view: WorkerView, request: Request, avoid: frozenset[str] = frozenset()) -> str:
     """Why this worker cannot take the request whatever its load; empty = it can."""
-    if view.draining:
-        return "draining"
-    if view.suspect:
-        return "silent"
-    if view.spec.model != request.model:
-        return "other model"
-    if request.lora and request.lora not in view.spec.loras:
+    spec = view.spec
+    if spec.model != request.model:
+        return "serves another model"
+    if request.lora and request.lora not in spec.loras:
         return "lacks the LoRA"
-    if view.id in request.avoid_workers:
+    if view.id in avoid:
         return "failed this request before"
-    if request.isl_tokens + 1 > capacity_tokens(view):
-        return "prompt too long for it"
+    if request.isl_tokens >= capacity_tokens(view):
+        return "too small for the prompt"
     return ""
 
 
-def full(view: WorkerView, inquiry: Inquiry, need: int, policy: Policy) -> str:
+def full(view: WorkerView, need: int, share: float) -> str:
     """Why there is no room on it now; empty = there is. An idle worker takes whatever fits at all."""
-    spec = view.spec
-    if inquiry.reserved.get(view.id, inquiry.request.key) != inquiry.request.key:
-        return "reserved for a request that waited longer"
-    if view.idle:
+    if not view.bookings and not view.foreign_sequences:
         return ""
-    share = min(policy.kv_share, inquiry.guard_share)
-    if view.blocks_in_use + need > share * spec.kv_blocks_total:
+    spec = view.spec
+    if view.own_blocks + view.foreign_blocks + need > share * spec.kv_blocks_total:
         return "no KV room"
-    if view.sequences >= spec.max_num_seqs:
+    if view.own_sequences + view.foreign_sequences >= spec.max_num_seqs:
         return "batch full"
     return ""
 
 
 def can_transfer(prefill: WorkerView, decode: WorkerView) -> bool:
+    """Whether KV of one can be read by the other."""
     a, b = prefill.spec, decode.spec
-    return bool(a.kv_endpoint and b.kv_endpoint) and (a.dtype, a.kv_layout, a.block_size) == (
-        b.dtype,
-        b.kv_layout,
-        b.block_size,
-    )
+    if not (a.kv_endpoint and b.kv_endpoint):
+        return False
+    return a.dtype == b.dtype and a.kv_layout == b.kv_layout and a.block_size == b.block_size
+
+
+def may_be_remote(request: Request) -> bool:
+    """A request for one token has nothing to hand over; ``local_only`` also stands for prompt log-probabilities."""
+    return not request.local_only and request.max_osl_tokens > 1
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Prefill:
-    """One worker as the place where the prompt is computed."""
+class _Source(NamedTuple):
+    """One worker as the place where the prompt is computed. Inflated seconds."""
 
-    view: WorkerView
     total_s: float  # until the prompt is computed, pending work included
     own_s: float
     pending_s: float
-    queue_bytes: float
+    view: WorkerView
 
 
-def pending_prefill_s(view: WorkerView, now: float, policy: Policy) -> float:
-    """Predicted seconds until what was given to it so far is computed: what credit is counted in."""
-    tokens, context = view.pending(now)
-    return policy.inflation * view.perf.prefill_s(
-        tokens, context, view.spec.max_batched_tokens, view.sequences, view.kv_tokens
-    )
-
-
-def _prefill_on(view: WorkerView, inquiry: Inquiry, now: float, inflation: float) -> _Prefill:
+def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: float) -> _Source:
     isl = inquiry.request.isl_tokens
-    cached = min(inquiry.cached.get(view.id, 0), isl - 1)
-    tokens, context = view.pending(now)
+    cached = inquiry.cached.get(view.id, 0)
+    if cached >= isl:
+        cached = isl - 1  # the last token is always computed
     perf, chunk = view.perf, view.spec.max_batched_tokens
-    batch, kv = view.sequences, view.kv_tokens
-    per_step = perf.p0 + perf.p1 * batch + perf.p3 * kv
-    p1, p2 = perf.p1, perf.p2
     fresh = isl - cached
-    fresh_context = suffix_context(isl, cached)
-    all_tokens = tokens + fresh
-    total = p1 * all_tokens + p2 * (context + fresh_context) + math.ceil(all_tokens / chunk) * per_step
-    pending = p1 * tokens + p2 * context + math.ceil(tokens / chunk) * per_step
-    own = p1 * fresh + p2 * fresh_context + math.ceil(fresh / chunk) * per_step
-    return _Prefill(view, inflation * total, inflation * own, inflation * pending, view.transfer_bytes)
+    work = perf.p1 * fresh + perf.p2 * suffix_context(isl, cached)
+    tokens, context, step_s, pending_s = reading
+    total = perf.p1 * tokens + perf.p2 * context + work + math.ceil((tokens + fresh) / chunk) * step_s
+    own = work + math.ceil(fresh / chunk) * step_s
+    return _Source(inflation * total, inflation * own, inflation * pending_s, view)
 
 
 def _score(r1: float, r2: float, kv: float, policy: Policy) -> float:
@@ -233,118 +212,153 @@ def _score(r1: float, r2: float, kv: float, policy: Policy) -> float:
     return score
 
 
-def decide(inquiry: Inquiry, workers: Sequence[WorkerView], policy: Policy, now: float) -> Decision:
-    """Scores every plan for ``inquiry`` over ``workers`` (in the order of their ids)."""
+def decide(
+    inquiry: Inquiry,
+    decoders: Sequence[WorkerView],
+    prefillers: Sequence[WorkerView],
+    policy: Policy,
+    now: float,
+    rng: random.Random | None = None,
+    set_aside: tuple[tuple[str, str], ...] = (),
+) -> Decision:
+    """Scores every plan for ``inquiry`` over usable workers, each list in the order of ids.
+
+    ``rng`` breaks ties between equally good first candidates (idle twins); without it the first id wins.
+    ``set_aside``: workers that are not usable and why, for the explanation.
+    """
     request = inquiry.request
-    decoders: list[WorkerView] = []
-    prefillers: list[WorkerView] = []
-    excluded: list[tuple[str, str]] = []
-    remote = not request.local_only and request.max_osl_tokens > 1
-    for view in workers:
-        reason = unfit(view, request)
-        if not reason:
-            if view.role is Role.PREFILL:
-                if remote and view.spec.kv_endpoint:
-                    reason = full(view, inquiry, need_blocks(view, request.isl_tokens), policy)
-                    if not reason:
-                        prefillers.append(view)
-            else:
-                reason = full(view, inquiry, need_blocks(view, inquiry.reserve_tokens), policy)
-                if not reason:
-                    decoders.append(view)
+    excluded = list(set_aside)
+    share = min(policy.kv_share, inquiry.guard_share)
+    able_d = _able(decoders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, excluded)
+    able_p: list[WorkerView] = []
+    if able_d and prefillers and policy.remote_prefill and may_be_remote(request):
+        able_p = _able(prefillers, inquiry, request.isl_tokens, share, {}, excluded)
+    if len(able_d) > policy.exact_candidates:
+        able_d = _promising_decoders(able_d, inquiry, policy.exact_candidates)
+    if len(able_p) > policy.exact_candidates:
+        able_p = _promising_prefillers(able_p, inquiry, policy.exact_candidates)
+    sources = [_source(view, view.reading(now), inquiry, policy.inflation) for view in able_p]
+    sources.sort(key=_total_s)
+    candidates: list[Candidate] = []
+    for view in able_d:
+        _plans_on(view, sources, inquiry, policy, now, candidates)
+    found = len(candidates)
+    if inquiry.guard_share < 1.0:
+        candidates = [candidate for candidate in candidates if candidate.itl_of_target <= inquiry.guard_share]
+    candidates.sort(key=_score_of)
+    if rng is not None:
+        _break_tie(candidates, rng)
+    return Decision(tuple(candidates), tuple(excluded), found > len(candidates))
+
+
+def _total_s(source: _Source) -> float:
+    return source.total_s
+
+
+def _score_of(candidate: Candidate) -> float:
+    return candidate.score
+
+
+def _break_tie(candidates: list[Candidate], rng: random.Random) -> None:
+    """Equal scores are idle twins: the first place goes to one of them at random, so that caches fill evenly."""
+    equal = 1
+    while equal < len(candidates) and candidates[equal].score == candidates[0].score:
+        equal += 1
+    if equal > 1:
+        chosen = rng.randrange(equal)
+        candidates[0], candidates[chosen] = candidates[chosen], candidates[0]
+
+
+def _able(
+    views: Sequence[WorkerView],
+    inquiry: Inquiry,
+    tokens: int,
+    share: float,
+    reserved: Mapping[str, RequestKey],
+    excluded: list[tuple[str, str]],
+) -> list[WorkerView]:
+    """Those that pass every hard filter; the others go to ``excluded``."""
+    request, avoid = inquiry.request, inquiry.avoid
+    able: list[WorkerView] = []
+    for view in views:
+        reason = unfit(view, request, avoid) or full(view, need_blocks(view, tokens), share)
+        if not reason and reserved and reserved.get(view.id, request.key) != request.key:
+            reason = "reserved for a request that waited longer"
         if reason:
             excluded.append((view.id, reason))
-    if len(decoders) > policy.exact_candidates:
-        decoders = _promising(decoders, inquiry, policy.exact_candidates)
-    sources = sorted(
-        (_prefill_on(view, inquiry, now, policy.inflation) for view in prefillers), key=lambda source: source.total_s
-    )
-    candidates: list[Candidate] = []
-    for view in decoders:
-        candidates.extend(_plans_on(view, sources, inquiry, policy, now))
-    candidates.sort(key=lambda candidate: candidate.score)
-    return Decision(tuple(candidates), tuple(excluded))
+        else:
+            able.append(view)
+    return able
 
 
-def _promising(decoders: list[WorkerView], inquiry: Inquiry, count: int) -> list[WorkerView]:
-    """The cheap filter of a large fleet: the most cached, and of the rest those with the fastest step after this."""
+def _promising_decoders(views: list[WorkerView], inquiry: Inquiry, count: int) -> list[WorkerView]:
+    """The cheap filter of a large fleet: those that hold most of the prompt, and those with the fastest next step."""
     cached = inquiry.cached
-    held = [view for view in decoders if cached.get(view.id)]
-    held.sort(key=lambda view: -cached[view.id])
-    chosen = held[: count // 2]
-    taken = {view.id for view in chosen}
-    rest = [view for view in decoders if view.id not in taken]
-    rest.sort(
-        key=lambda view: view.perf.decode_step_s(view.sequences + 1, view.kv_tokens) + view.own_tokens * view.perf.p1
+    holding = heapq.nsmallest(count // 2, (v for v in views if v.id in cached), key=lambda v: -cached[v.id])
+    taken = {view.id for view in holding}
+
+    def next_step(view: WorkerView) -> float:
+        perf = view.perf
+        return perf.d0 + perf.d1 * (view.own_sequences + 1) + perf.d2 * view.own_kv_tokens + perf.p1 * view.own_tokens
+
+    rest = heapq.nsmallest(count - len(holding), (v for v in views if v.id not in taken), key=next_step)
+    return sorted(holding + rest, key=lambda view: view.id)
+
+
+def _promising_prefillers(views: list[WorkerView], inquiry: Inquiry, count: int) -> list[WorkerView]:
+    """Those with the least to compute before the prompt is done, roughly."""
+    cached = inquiry.cached.get
+    isl = inquiry.request.isl_tokens
+    return heapq.nsmallest(
+        count, views, key=lambda v: v.perf.p1 * (v.own_tokens + v.foreign_tokens + isl - cached(v.id, 0))
     )
-    return sorted(chosen + rest[: count - len(chosen)], key=lambda view: view.id)
 
 
 def _plans_on(
-    decode: WorkerView, sources: Iterable[_Prefill], inquiry: Inquiry, policy: Policy, now: float
-) -> Iterable[Candidate]:
-    request, targets, inflation = inquiry.request, inquiry.targets, policy.inflation
-    isl = request.isl_tokens
-    spec = decode.spec
+    decode: WorkerView,
+    sources: Iterable[_Source],
+    inquiry: Inquiry,
+    policy: Policy,
+    now: float,
+    found: list[Candidate],
+) -> None:
+    """Appends ``local(decode)`` and the best ``remote(p, decode)``, as far as the policy allows."""
+    isl = inquiry.request.isl_tokens
+    spec, perf, targets, inflation = decode.spec, decode.perf, inquiry.targets, policy.inflation
     batch = decode.sequences + 1
-    osl_half = 0.5 * inquiry.mean_osl
-    kv_tokens = decode.kv_tokens + isl + osl_half * batch
-    step_s = inflation * decode.perf.decode_step_s(batch, kv_tokens)
-    tau = disturbance_window_s(inquiry.mean_osl, targets.tpot_s)
+    kv_tokens = decode.kv_tokens + isl + 0.5 * inquiry.expected_osl * batch
+    step_s = inflation * perf.decode_step_s(batch, kv_tokens)
+    tau = disturbance_window_s(inquiry.expected_osl, targets.tpot_s)
     rho = decode.prefill_share_s(now, tau)
-    kv = (decode.blocks_in_use + need_blocks(decode, inquiry.reserve_tokens)) / max(1, spec.kv_blocks_total)
+    kv = (decode.blocks_in_use + need_blocks(decode, inquiry.reserve_tokens)) / spec.kv_blocks_total
     waited = inquiry.waited_s
 
-    local = _prefill_on(decode, inquiry, now, inflation)
-    itl = step_s / (1.0 - min(_MAX_DISTURBANCE, (rho + local.own_s) / tau))
-    plans = [_candidate(decode, None, local, 0.0, 0.0, waited + local.total_s, itl, kv, inquiry, policy)]
+    def add(
+        source: _Source, prefill: WorkerView | None, ttft_s: float, transfer_s: float, moved: float, itl_s: float
+    ) -> None:
+        r1, r2 = ttft_s / targets.ttft_s, itl_s / targets.tpot_s
+        terms = (1e3 * ttft_s, 1e3 * waited, 1e3 * source.total_s, 1e3 * transfer_s, 1e3 * itl_s, kv, r1, r2)
+        score = _score(r1, r2, kv, policy)
+        found.append(Candidate(score, decode, prefill, source.own_s, source.pending_s, moved, terms))
 
-    missing = isl - min(inquiry.cached.get(decode.id, 0), isl)
-    needed_bytes = float(missing * spec.kv_bytes_per_token)
-    quiet_itl = step_s / (1.0 - min(_MAX_DISTURBANCE, rho / tau))
-    best: tuple[float, float, _Prefill] | None = None
+    if policy.local_prefill or not any(can_transfer(source.view, decode) for source in sources):
+        local = _source(decode, decode.reading(now), inquiry, inflation)
+        disturbed = step_s / (1.0 - min(_MAX_DISTURBANCE, (rho + local.own_s) / tau))
+        add(local, None, waited + local.total_s, 0.0, 0.0, disturbed)
+
+    missing = max(0, isl - inquiry.cached.get(decode.id, 0))
+    moved = float(missing * spec.kv_bytes_per_token)
+    best: tuple[float, float, _Source] | None = None
     for source in sources:
         if best is not None and source.total_s >= best[0]:
             break  # sorted: no later one can be better, whatever its link
         if not can_transfer(source.view, decode):
             continue
         link = max(1.0, min(source.view.spec.link_bytes_per_s, spec.link_bytes_per_s))
-        transfer_s = (needed_bytes + max(source.queue_bytes, decode.transfer_bytes)) / link
+        transfer_s = (moved + max(source.view.transfer_bytes, decode.transfer_bytes)) / link
         if best is None or source.total_s + transfer_s < best[0]:
             best = (source.total_s + transfer_s, transfer_s, source)
     if best is not None:
         until_kv, transfer_s, source = best
-        ttft = waited + until_kv + step_s
-        plans.append(
-            _candidate(
-                decode, source.view, source, transfer_s, max(1.0, needed_bytes), ttft, quiet_itl, kv, inquiry, policy
-            )
-        )
-    return [plan for plan in plans if plan.itl_of_target <= inquiry.guard_share] if inquiry.guard_share < 1.0 else plans
-
-
-def _candidate(
-    decode: WorkerView,
-    prefill: WorkerView | None,
-    source: _Prefill,
-    transfer_s: float,
-    transfer_bytes: float,
-    ttft_s: float,
-    itl_s: float,
-    kv: float,
-    inquiry: Inquiry,
-    policy: Policy,
-) -> Candidate:
-    r1 = ttft_s / inquiry.targets.ttft_s
-    r2 = itl_s / inquiry.targets.tpot_s
-    row = (
-        1e3 * ttft_s,
-        1e3 * inquiry.waited_s,
-        1e3 * source.total_s,
-        1e3 * transfer_s,
-        1e3 * itl_s,
-        kv,
-        r1,
-        r2,
-    )
-    return Candidate(_score(r1, r2, kv, policy), decode, prefill, source.own_s, source.pending_s, transfer_bytes, row)
+        quiet = step_s / (1.0 - min(_MAX_DISTURBANCE, rho / tau))
+        add(source, source.view, waited + until_kv + step_s, transfer_s, max(1.0, moved), quiet)

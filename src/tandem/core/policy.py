@@ -61,6 +61,8 @@ class Policy:
     default_tpot_s: float = _knob(0.1, "TPOT that placement aims at where no SLO is given, seconds")
     target_slack: float = _knob(2.0, "a target without an SLO is at least this multiple of what an idle fleet can do")
     exact_candidates: int = _knob(12, "decode workers scored exactly; above it a cheap filter picks them")
+    local_prefill: bool = _knob(True, "decode workers may prefill by themselves where a prefill worker could do it")
+    remote_prefill: bool = _knob(True, "prefill workers may prefill for decode workers")
     # late binding
     credit_s: float = _knob(0.2, "a worker gets work while its predicted pending prefill is below this, seconds")
     kv_share: float = _knob(0.9, "share of a worker's KV blocks that may be reserved")
