@@ -12,6 +12,9 @@ from typing import Protocol
 
 from tandem.core.types import WorkerSpec
 
+#: Fields of WorkerSpec in which all workers of a model must agree. ``wire_version`` may differ by one.
+SHARED_BY_A_MODEL = ("block_size", "dtype", "kv_layout", "engine", "engine_version")
+
 
 class Registry(Protocol):
     """Who is there. Entries live for ``ttl_s`` unless refreshed."""
@@ -76,7 +79,8 @@ class PrefixIndex(Protocol):
         ...
 
     async def drop(self, spec: WorkerSpec) -> None:
-        """Clears every bit of this worker's slot (its cache was reset). Masked at once, swept in the background."""
+        """Clears every bit of this worker's slot: masked at once, all gone when it returns. Until then the worker
+        must not update. StoreUnavailable on the way leaves it masked: drop again, or register again."""
         ...
 
     async def size(self, model: str) -> int:
