@@ -26,6 +26,8 @@ if sys.version_info[:2] != WANTED:  # up here: an older Python could not run the
         )
     )
 
+import tomllib  # noqa: E402  (no older Python has it)
+
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
@@ -44,8 +46,8 @@ class StepFailed(Exception):
 class Step(NamedTuple):
     name: str
     title: str
-    #: Files whose content decides whether the step must run again.
-    inputs: Sequence[Path]
+    #: Files, or text, whose content decides whether the step must run again.
+    inputs: "Sequence[Path | str]"
     run: Callable[[], None]
 
 
@@ -85,12 +87,25 @@ def watch(process: "subprocess.Popen[bytes]") -> int:
 
 
 def make_venv() -> None:
+    """Takes a virtual environment that is there already and works; else makes it from scratch."""
+    if is_venv():
+        return
     # Python itself, not a shim or another venv's link: the venv must outlive both.
     base = Path(sys.base_prefix, "bin", f"python{WANTED[0]}.{WANTED[1]}")
     command = [str(base if base.exists() else sys.executable), "-m", "venv", "--clear", str(VENV)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise StepFailed((done.stdout + done.stderr).strip() or "python -m venv failed")
+
+
+def is_venv() -> bool:
+    """Whether .venv holds the right Python, with pip, and was not moved here from elsewhere."""
+    if not PYTHON.exists():
+        return False
+    code = f"import sys, pip; print(sys.version_info[:2] == {WANTED!r} and sys.prefix)"
+    done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, timeout=60)
+    scripts = (VENV / "bin/pip").read_text(errors="replace") if (VENV / "bin/pip").exists() else ""
+    return done.stdout.strip() == str(VENV) and str(VENV) in scripts
 
 
 def install_torch() -> None:
@@ -130,7 +145,7 @@ def steps(engine: str, dev: bool) -> "list[Step]":
         Step(
             "project",
             "Tandem itself",
-            [ROOT / "pyproject.toml"],
+            [packaging()],
             lambda: pip("--no-deps", "--no-build-isolation", "--editable", str(ROOT)),
         ),
     ]
@@ -148,14 +163,20 @@ def steps(engine: str, dev: bool) -> "list[Step]":
     return plan
 
 
+def packaging() -> str:
+    """The part of pyproject.toml that an installation depends on; most of it configures tools."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return repr([data["build-system"], data["project"], data["tool"]["setuptools"]])
+
+
 def stamp_of(step: Step) -> Path:
     return VENV / "stamps" / step.name
 
 
 def digest_of(step: Step) -> str:
     digest = hashlib.sha256(str(ROOT).encode())  # a venv that was moved is not the same venv
-    for path in step.inputs:
-        digest.update(path.read_bytes())
+    for item in step.inputs:
+        digest.update(item.encode() if isinstance(item, str) else item.read_bytes())
     return digest.hexdigest()
 
 

@@ -1,0 +1,139 @@
+"""What a local cluster consists of: from a deployment to processes and their environments. Pure but for free ports.
+
+Each service gets exactly the ``TANDEM_*`` variables that its settings class knows (services refuse the rest); whatever
+else of the kind is in the user's environment does not reach them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from tandem.adapters.deployment import Deployment, Model, Pool, PoolRole
+from tandem.adapters.settings import PREFIX
+
+LOOPBACK = "127.0.0.1"
+
+
+class Kind(Enum):
+    ROUTER = "router"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    FRONTEND = "frontend"
+
+    @property
+    def module(self) -> str:
+        return f"services.{self.value}"
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process of ours to run."""
+
+    name: str
+    kind: Kind
+    #: Its settings, and what the deployment file adds for its pool.
+    env: Mapping[str, str]
+    grpc_host: str
+    grpc_port: int
+    http_host: str = ""
+    http_port: int = 0
+    #: Empty for routers and frontends.
+    model: str = ""
+    engine: str = ""
+
+    @property
+    def grpc(self) -> str:
+        return f"{self.grpc_host}:{self.grpc_port}"
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What all services of one cluster share."""
+
+    deployment_file: Path
+    nats_url: str
+    redis_url: str
+    log_level: str
+    worker_dir: Callable[[str], Path]
+    free_port: Callable[[], int]
+    _base: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        base = {
+            "TANDEM_DEPLOYMENT": str(self.deployment_file),
+            "TANDEM_NATS_URL": self.nats_url,
+            "TANDEM_REDIS_URL": self.redis_url,
+            "TANDEM_LOG_LEVEL": self.log_level,
+        }
+        object.__setattr__(self, "_base", base)
+
+    def env(self, name: str, grpc_host: str, grpc_port: int, **more: str) -> dict[str, str]:
+        return {
+            **self._base,
+            "TANDEM_INSTANCE": name,
+            "TANDEM_GRPC_HOST": grpc_host,
+            "TANDEM_GRPC_PORT": str(grpc_port),
+            **more,
+        }
+
+
+def services_of(deployment: Deployment, around: Surroundings) -> list[Service]:
+    """Routers, workers, frontends: in the order in which they are listed, not started."""
+    return [
+        *(_router(n, deployment, around) for n in range(deployment.routers)),
+        *(
+            _worker(model, pool, n, deployment, around)
+            for model in deployment.models
+            for pool in model.pools
+            for n in range(pool.replicas)
+        ),
+        *(_frontend(n, deployment, around) for n in range(deployment.frontends)),
+    ]
+
+
+def _router(n: int, deployment: Deployment, around: Surroundings) -> Service:
+    name, port = _numbered("router", n, deployment.routers), around.free_port()
+    return Service(name, Kind.ROUTER, around.env(name, LOOPBACK, port), LOOPBACK, port)
+
+
+def _worker(model: Model, pool: Pool, n: int, deployment: Deployment, around: Surroundings) -> Service:
+    name = worker_name(deployment, model, pool, n)
+    port = around.free_port()
+    own = {
+        "TANDEM_MODEL": model.name,
+        "TANDEM_POOL": pool.pool_name,
+        "TANDEM_RUN_DIR": str(around.worker_dir(name)),
+        "TANDEM_KV_HOST": LOOPBACK,
+        "TANDEM_KV_PORT": str(around.free_port()),
+    }
+    # An aggregated worker is a decode worker that never gets a handoff.
+    kind = Kind.PREFILL if pool.role is PoolRole.PREFILL else Kind.DECODE
+    env = {**pool.env, **around.env(name, LOOPBACK, port, **own)}
+    return Service(name, kind, env, LOOPBACK, port, model=model.name, engine=pool.engine)
+
+
+def worker_name(deployment: Deployment, model: Model, pool: Pool, n: int) -> str:
+    """Unique in the cluster, and short where there is one model only."""
+    of_model = "" if len(deployment.models) == 1 else re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-") + "-"
+    return f"{of_model}{pool.pool_name}-{n + 1}"
+
+
+def _frontend(n: int, deployment: Deployment, around: Surroundings) -> Service:
+    name = _numbered("frontend", n, deployment.frontends)
+    http, grpc = deployment.http, deployment.grpc
+    own = {"TANDEM_HTTP_HOST": http.host, "TANDEM_HTTP_PORT": str(http.port + n)}
+    env = around.env(name, grpc.host, grpc.port + n, **own)
+    return Service(name, Kind.FRONTEND, env, grpc.host, grpc.port + n, http.host, http.port + n)
+
+
+def _numbered(name: str, n: int, count: int) -> str:
+    return name if count == 1 else f"{name}-{n + 1}"
+
+
+def foreign_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The user's environment without any setting of ours."""
+    return {name: value for name, value in environ.items() if not name.startswith(PREFIX)}
