@@ -115,9 +115,9 @@ class OutputPipe(asyncio.Protocol):
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             self._emit(line)
-        while len(self._rest) >= MAX_LINE_BYTES:
-            self._emit(self._rest[:MAX_LINE_BYTES])
-            self._rest = self._rest[MAX_LINE_BYTES:]
+        if len(self._rest) >= MAX_LINE_BYTES:
+            self._emit(self._rest)
+            self._rest = b""
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._rest:
@@ -126,7 +126,8 @@ class OutputPipe(asyncio.Protocol):
         self.ended.set()
 
     def _emit(self, line: bytes) -> None:
-        self._on_line(line.decode(errors="replace").rstrip("\r"))
+        for start in range(0, max(1, len(line)), MAX_LINE_BYTES):
+            self._on_line(line[start : start + MAX_LINE_BYTES].decode(errors="replace").rstrip("\r"))
 
     async def close(self, *, within_s: float) -> None:
         """Reads what is still in the pipe, for at most ``within_s``: a grandchild may keep it open."""
