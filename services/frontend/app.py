@@ -1,0 +1,161 @@
+"""The frontend process: HTTP and gRPC on one side, the bus on the other.
+
+``Frontend`` is the whole of it around a bus that the caller owns; ``run`` is the process's main.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator, Mapping
+
+import uvicorn
+
+from services.frontend import connections, served_model
+from services.frontend.asgi import GeneratingRoutes
+from services.frontend.cluster import Cluster
+from services.frontend.config import FrontendSettings
+from services.frontend.generation import Generations
+from services.frontend.grpc_service import InferenceService
+from services.frontend.intake import Intake
+from services.frontend.openai_routes import OpenAIRoutes
+from services.frontend.web_app import web_app
+from tandem.adapters import clock, deployment
+from tandem.adapters.bus import Bus
+from tandem.adapters.deployment import Deployment
+from tandem.adapters.grpc_server import GrpcServer
+from tandem.adapters.nats_bus import NatsBus
+from tandem.errors import ConfigError
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+#: Connections that may wait to be accepted.
+BACKLOG = 2048
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The process's main listens to signals, for all of its parts."""
+        yield
+
+
+class Frontend:
+    """Serves from ``start`` on; ``stop`` lets open answers end. ``run`` in between watches deadlines and raises what
+    breaks."""
+
+    def __init__(self, settings: FrontendSettings, wanted: Deployment, bus: Bus) -> None:
+        self._settings = settings
+        self._deployment = wanted
+        self._draining = False
+        name = settings.instance or clock.new_name("frontend")
+        # A restarted frontend hears nothing that is meant for its former self.
+        self.instance = f"{name}.{clock.new_incarnation():x}"
+        self.cluster = Cluster(bus, cluster=wanted.cluster, instance=self.instance, patience=settings.patience)
+        self.generations = Generations(self.cluster, idle_s=settings.idle_s)
+        self._intake = Intake(wanted, [served_model.load(model) for model in wanted.models])
+        openai = OpenAIRoutes(self._intake)
+        app = GeneratingRoutes(
+            web_app(self._intake, self.readiness),
+            {"/v1/chat/completions": openai.chat, "/v1/completions": openai.completions},
+            self._intake,
+            self.generations,
+        )
+        self._http = _Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                backlog=BACKLOG,
+                limit_concurrency=wanted.limits.max_connections,
+                timeout_graceful_shutdown=int(settings.drain_timeout_s),
+                **connections.options(),
+            )
+        )
+        self._grpc = GrpcServer(
+            settings.grpc_host or wanted.grpc.host,
+            wanted.grpc.port if settings.grpc_port < 0 else settings.grpc_port,
+        )
+        service = InferenceService(self._intake, self.generations)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, self._grpc.server)
+        self._socket: socket.socket | None = None
+
+    @property
+    def http_port(self) -> int:
+        assert self._socket is not None, "not started"
+        return int(self._socket.getsockname()[1])
+
+    @property
+    def grpc_port(self) -> int:
+        return self._grpc.port
+
+    def readiness(self) -> Mapping[str, object]:
+        models = {name: self.cluster.has_leader(name) for name in self._intake.models}
+        connected = self.cluster.connected
+        ready = connected and all(models.values()) and not self._draining
+        return {"ready": ready, "bus": connected, "leaders": models, "draining": self._draining}
+
+    async def start(self) -> None:
+        """Returns when connections are accepted. ConfigError if a port is taken."""
+        host = self._settings.http_host or self._deployment.http.host
+        port = self._deployment.http.port if self._settings.http_port < 0 else self._settings.http_port
+        self._socket = _listen(host, port)
+        await self.cluster.open()
+        await self._grpc.start(inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name)
+        log.info("%s: http://%s:%d, gRPC on port %d", self.instance, host, self.http_port, self.grpc_port)
+
+    async def run(self) -> None:
+        """Until ``stop``."""
+        assert self._socket is not None, "not started"
+        async with asyncio.TaskGroup() as tasks:
+            sweep = tasks.create_task(self.cluster.run(), name="sweep")
+            await self._http.serve(sockets=[self._socket])
+            sweep.cancel()
+
+    async def stop(self) -> None:
+        """No new requests from now on; returns when open answers have ended, or their time is over."""
+        self._draining = True
+        log.info("leaving: %d requests open", len(self.generations))
+        self._http.should_exit = True
+        await self._grpc.stop(grace_s=self._settings.drain_timeout_s)
+
+    async def close(self) -> None:
+        await self.cluster.close()
+        self._intake.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, proto)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve HTTP on {host}:{port}: {error.strerror or error} "
+            "(TANDEM_HTTP_HOST, TANDEM_HTTP_PORT, or `http` in the deployment file)"
+        ) from None
+    listening.setblocking(False)
+    return listening
+
+
+async def run(settings: FrontendSettings) -> None:
+    """The process: until SIGTERM or SIGINT."""
+    leave = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave.set)
+    wanted = deployment.read(settings.deployment)
+    bus = await NatsBus.connect(settings.nats_url, name=settings.instance or "frontend")
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(bus.close)
+        frontend = Frontend(settings, wanted, bus)
+        stack.push_async_callback(frontend.close)
+        await frontend.start()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(frontend.run(), name="serve")
+            await leave.wait()
+            await frontend.stop()

@@ -1,0 +1,178 @@
+"""The generating routes as plain ASGI, in front of the web app that serves everything else.
+
+One task per request and one that waits for its disconnect; every body of a stream carries all that was queued. The
+200 of a stream opens when a worker has the request, or after ten quiet seconds, so that a refusal has its own status;
+from then on an error is an event. A client that goes away ends its request, wherever that is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from services.frontend.generation import Generation, Generations
+from services.frontend.http_errors import error_body, error_headers, http_status
+from services.frontend.intake import Caller, Intake
+from services.frontend.openai_responses import DONE, KEEP_ALIVE, Answer, event
+from services.frontend.openai_routes import Route
+from tandem.adapters.clock import monotonic
+from tandem.errors import Cancelled, InternalError, InvalidRequest, PayloadTooLarge, RequestTimeout, TandemError
+
+log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+BODY_TIMEOUT_S = 30.0
+
+_JSON = (b"content-type", b"application/json")
+_SSE = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class Disconnected(Exception):
+    """The client has gone before its request was complete."""
+
+
+class GeneratingRoutes:
+    def __init__(self, app: App, routes: Mapping[str, Route], intake: Intake, generations: Generations) -> None:
+        self._app = app
+        self._routes = dict(routes)
+        self._intake = intake
+        self._generations = generations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._routes.get(scope["path"]) if scope["type"] == "http" else None
+        if route is None or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        response = _Response(send, headers)
+        try:
+            await self._serve(route, headers, receive, response)
+        except TandemError as error:
+            await response.error(error)
+        except Disconnected:
+            pass
+        except Exception:
+            # A defect of ours. The client hears of it in the shape that it understands; the log has the rest.
+            log.exception("request %s failed", response.request_id)
+            await response.error(InternalError(f"internal error; request {response.request_id}"))
+
+    async def _serve(self, route: Route, headers: dict[bytes, bytes], receive: Receive, response: _Response) -> None:
+        arrival_s = monotonic()
+        traceparent = headers.get(b"traceparent", b"")
+        caller = Caller(
+            tenant=self._intake.tenants.of_authorization(headers.get(b"authorization", b"").decode("latin-1")),
+            traceparent=traceparent.decode() if _TRACEPARENT.fullmatch(traceparent) else "",
+        )
+        body = await _read_body(receive, headers, self._intake.limits.max_body_bytes)
+        exchange = await route(body, caller, arrival_s)
+        generation = self._generations.begin(exchange.request)
+        watcher = asyncio.create_task(_cancel_on_disconnect(receive, generation))
+        try:
+            if exchange.request.streaming:
+                await _stream(generation, exchange.answer, response)
+            else:
+                deltas = await generation.collect()
+                await response.whole(200, exchange.answer.whole(deltas, generation.usage))
+        finally:
+            watcher.cancel()
+            generation.cancel()
+
+
+async def _stream(generation: Generation, answer: Answer, response: _Response) -> None:
+    quiet = not await generation.wait_opened()
+    await response.open(_SSE, answer.head() + (KEEP_ALIVE if quiet else b""))
+    try:
+        while not generation.over:
+            deltas = await generation.next_batch()
+            body = answer.events(deltas) if deltas else KEEP_ALIVE
+            if generation.over and generation.error is None:
+                await response.close(body + answer.tail(generation.usage))
+            elif body:
+                await response.write(body)
+        if generation.error is not None:
+            raise generation.error
+    except TandemError as error:
+        await response.close(event(error_body(error)) + DONE)
+
+
+async def _cancel_on_disconnect(receive: Receive, generation: Generation) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    generation.cancel()
+
+
+async def _read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int) -> bytes:
+    length = headers.get(b"content-length", b"0")
+    if length.isdigit() and int(length) > limit:
+        raise PayloadTooLarge(f"the body has {int(length)} bytes; the limit is {limit}")
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Disconnected
+                part = message.get("body", b"")
+                size += len(part)
+                if size > limit:
+                    raise PayloadTooLarge(f"the body has more than {limit} bytes")
+                parts.append(part)
+                if not message.get("more_body", False):
+                    break
+    except TimeoutError:
+        raise RequestTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s") from None
+    if not size:
+        raise InvalidRequest("the body is empty; a JSON object is expected")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _Response:
+    """The answer to one request: whole, or opened, written and closed."""
+
+    __slots__ = ("_opened", "_send", "request_id")
+
+    def __init__(self, send: Send, headers: Mapping[bytes, bytes]) -> None:
+        self._send = send
+        self._opened = False
+        given = headers.get(b"x-request-id", b"")
+        self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+    async def open(self, headers: list[tuple[bytes, bytes]], body: bytes, status: int = 200) -> None:
+        self._opened = True
+        named = [*headers, (b"x-request-id", self.request_id.encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": named})
+        if body:
+            await self.write(body)
+
+    async def write(self, body: bytes) -> None:
+        """Waits while the client's connection is full."""
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def close(self, body: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def whole(self, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+        await self.open([_JSON, (b"content-length", str(len(body)).encode()), *(headers or [])], b"", status)
+        await self.close(body)
+
+    async def error(self, error: TandemError) -> None:
+        if self._opened:
+            await self.close(event(error_body(error)) + DONE)
+        elif not isinstance(error, Cancelled):  # else nobody is there to read it
+            await self.whole(http_status(error), error_body(error), error_headers(error))

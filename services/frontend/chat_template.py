@@ -1,0 +1,88 @@
+"""A model's chat template, rendered as Hugging Face's transformers renders it, without transformers.
+
+Same sandbox, same options, same extras (``raise_exception``, ``strftime_now``, ``tojson`` without HTML escapes, loop
+controls, ``generation`` blocks). The template comes from the operator; messages come from clients and are data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, ext, nodes
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from tandem.errors import ConfigError, InvalidRequest
+
+
+class _GenerationBlocks(ext.Extension):
+    """``{% generation %}`` marks the assistant's words for training; here its content passes through."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja's own interface
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class ChatTemplate:
+    """``tokens``: the special tokens by name (bos_token, ...). ConfigError if ``source`` is no template."""
+
+    def __init__(self, source: str, tokens: Mapping[str, str], *, name: str = "chat template") -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, ext.loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise ConfigError(f"{name}, line {error.lineno}: {error.message}") from None
+        self._tokens = dict(tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """InvalidRequest when the template refuses these messages."""
+        values = {**self._tokens, **(extra or {})}
+        try:
+            return self._template.render(
+                **values,
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            # A template computes on what the client sent: whatever it stumbles over came from there.
+            reason = str(error) or type(error).__name__
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {reason}", param="messages"
+            ) from None

@@ -1,0 +1,86 @@
+"""Token ids to text while they arrive: a piece of text is given out as soon as no later token can change it.
+
+A character whose bytes are spread over several tokens comes out whole, with the last of them. What never becomes a
+character comes out as U+FFFD, as a decoding of all tokens at once would have it.
+"""
+
+from __future__ import annotations
+
+from codecs import getincrementaldecoder
+
+from services.frontend.tokenizer import Tokenizer
+
+_Utf8 = getincrementaldecoder("utf-8")
+
+
+class Detokenizer:
+    """One per choice. The pieces of ``push`` and ``finish``, joined, are the decoding of all tokens."""
+
+    def push(self, token_id: int) -> str:
+        raise NotImplementedError
+
+    def finish(self) -> str:
+        """What was held back. Nothing is pushed after it."""
+        raise NotImplementedError
+
+
+def detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> Detokenizer:
+    skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+    if tokenizer.byte_table is not None:
+        return _ByteLevel(tokenizer.byte_table, skipped)
+    return _Windowed(tokenizer, skipped)
+
+
+class _ByteLevel(Detokenizer):
+    __slots__ = ("_decode", "_skipped", "_table")
+
+    def __init__(self, table: list[bytes], skipped: frozenset[int]) -> None:
+        self._table = table
+        self._skipped = skipped
+        self._decode = _Utf8("replace").decode
+
+    def push(self, token_id: int) -> str:
+        # An id beyond the vocabulary (padding of the embedding matrix) says nothing.
+        if token_id in self._skipped or token_id >= len(self._table):
+            return ""
+        return self._decode(self._table[token_id])
+
+    def finish(self) -> str:
+        return self._decode(b"", True)
+
+
+class _Windowed(Detokenizer):
+    """For tokenizers whose text of a token depends on its neighbours (SentencePiece's leading space).
+
+    Decodes a short window twice, with and without what is new: the difference is the new text. The window starts
+    at a place where text was complete, so its cost does not grow with the output.
+    """
+
+    __slots__ = ("_emitted", "_ids", "_read", "_skipped", "_start", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._ids: list[int] = []
+        self._start = 0  # of the window
+        self._read = 0  # tokens whose text is out
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        self._ids.append(token_id)
+        new = self._new_text()
+        if not new or new.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._start, self._read = self._read, len(self._ids)
+        return new
+
+    def finish(self) -> str:
+        return self._new_text()
+
+    def _new_text(self) -> str:
+        known = self._decode(self._ids[self._start : self._read])
+        return self._decode(self._ids[self._start :])[len(known) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)

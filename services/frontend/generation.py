@@ -1,0 +1,337 @@
+"""One generation as a client sees it: text deltas of its choices, whatever protocol asked for them.
+
+The cluster pushes tokens in from its callbacks; the client's task takes everything that is queued in one go
+(``next_batch``), which is what makes one socket write of many tokens. No task and no timer per request: the sweep
+calls ``on_sweep``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from services.frontend.cluster import Cluster
+from services.frontend.detokenizer import detokenizer
+from services.frontend.journey import Consumer, Journey, Order, Outcome, Positions
+from services.frontend.served_model import ServedModel
+from services.frontend.stop_strings import StopStrings
+from tandem import errors
+from tandem.core.blocks import root_hash, token_bytes
+from tandem.core.types import FinishReason, SamplingParams
+
+#: Tokens that may wait for a slow reader before its request is given up.
+MAX_QUEUED_TOKENS = 8_192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """Protocol-neutral. ``prompts`` are token ids; each is answered ``n`` times, as choices 0, 1, 2, ..."""
+
+    id: str
+    model: ServedModel
+    prompts: Sequence[Sequence[int]]
+    sampling: SamplingParams
+    arrival_s: float
+    timeout_s: float
+    n: int = 1
+    stop: Sequence[str] = ()
+    skip_special_tokens: bool = True
+    #: The client sees tokens before the end.
+    streaming: bool = True
+    tenant: str = "default"
+    request_class: str = ""
+    ttft_slo_s: float = 0.0
+    cache_salt: str = ""
+    traceparent: str = ""
+
+
+@dataclass(slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Delta:
+    """News of one choice: one token's text (may be empty), or the end."""
+
+    choice: int
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    positions: Positions | None = None
+    prompt_positions: Positions | None = None
+    finish: FinishReason | None = None
+    #: What stopped it, where it was a stop string or a stop token of the request.
+    stopped_by: str | int | None = None
+
+
+class Generation:
+    """Made by ``Generations.begin``. Read it with ``next_batch`` (streaming) or ``collect`` (not)."""
+
+    def __init__(self, request: GenerationRequest, cluster: Cluster, on_end: Callable[[Generation], None]) -> None:
+        self.request = request
+        self.usage = Usage(prompt_tokens=sum(map(len, request.prompts)))
+        #: Set as soon as the whole of it has failed.
+        self.error: errors.TandemError | None = None
+        #: A worker has had a part of it.
+        self.opened = False
+        self._cluster = cluster
+        self._on_end = on_end
+        self._queue: list[Delta] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._choices: list[_Choice] = []
+        self._running = len(request.prompts) * request.n
+        self._idle = False
+        self._active = False
+        self._quiet_since = request.arrival_s
+
+    def start(self) -> None:
+        request = self.request
+        root = root_hash(request.model.name, "", request.cache_salt)
+        for index in range(self._running):
+            choice = _Choice(self, index)
+            self._choices.append(choice)
+            order = _order(request, request.prompts[index // request.n], index, root)
+            choice.journey = self._cluster.begin(order, choice)
+            if self.error is not None:
+                return
+
+    @property
+    def done(self) -> bool:
+        """Nothing more will be pushed."""
+        return self._running == 0 or self.error is not None
+
+    @property
+    def over(self) -> bool:
+        """Done, and everything was read."""
+        return self.done and not self._queue
+
+    async def wait_opened(self) -> bool:
+        """True once a worker has it, False when nothing was heard for long. Raises ``error`` if it failed before."""
+        while not self.opened and not self._idle:
+            if self.error is not None:
+                raise self.error
+            await self._news()
+        self._idle = False
+        return self.opened
+
+    async def next_batch(self) -> list[Delta]:
+        """Everything that is queued, at least one delta; nothing after a quiet while. Raises ``error`` after the last.
+
+        Not to be called when ``over``.
+        """
+        while not self._queue and not self._idle:
+            if self.error is not None:
+                raise self.error
+            await self._news()
+        self._idle = False
+        batch, self._queue = self._queue, []
+        return batch
+
+    async def collect(self) -> list[Delta]:
+        """All deltas, when it is done. Raises ``error`` if it failed."""
+        while not self.done:
+            await self._news()
+        if self.error is not None:
+            raise self.error
+        return self._queue
+
+    def cancel(self) -> None:
+        """The client has gone: ends all choices wherever they are. No-op when it is done."""
+        if not self.done:
+            self.fail(errors.Cancelled("cancelled by the client"))
+
+    def on_sweep(self, now: float, idle_s: float) -> None:
+        """Wakes the reader when nothing was pushed for ``idle_s``."""
+        if self._active:
+            self._active = False
+            self._quiet_since = now
+        elif now - self._quiet_since >= idle_s and self.request.streaming:
+            self._quiet_since = now
+            self._idle = True
+            self._wake()
+
+    # -- from the choices ------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        self.opened = True
+        if self.request.streaming:
+            self._wake()
+
+    def push(self, delta: Delta) -> None:
+        self._queue.append(delta)
+        if not self.request.streaming:
+            return
+        self._active = True
+        if len(self._queue) > MAX_QUEUED_TOKENS:
+            self._queue.clear()
+            self.fail(errors.Cancelled("the client reads too slowly"))
+        else:
+            self._wake()
+
+    def forget(self, choice: int) -> None:
+        """The choice starts again from scratch. Only where nothing was read yet."""
+        self._queue = [delta for delta in self._queue if delta.choice != choice]
+
+    def choice_ended(self, choice: int, outcome: Outcome, output_tokens: int) -> None:
+        self._running -= 1
+        self.usage.completion_tokens += output_tokens
+        if choice % self.request.n == 0:  # a prompt counts once, however many answers it gets
+            self.usage.cached_tokens += outcome.cached_tokens
+        if self._running == 0:
+            self._on_end(self)
+            self._wake()
+
+    def fail(self, error: errors.TandemError) -> None:
+        """One choice that failed fails all: half an answer is none."""
+        if self.error is not None:
+            return
+        self.error = error
+        for choice in self._choices:
+            if choice.journey is not None:
+                self._cluster.cancel(choice.journey)
+        self._on_end(self)
+        self._wake()
+
+    def stop(self, journey: Journey) -> None:
+        self._cluster.stop(journey)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    async def _news(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class Generations:
+    """All that are running in this process."""
+
+    def __init__(self, cluster: Cluster, *, idle_s: float = 10.0) -> None:
+        self._cluster = cluster
+        self._idle_s = idle_s
+        self._running: set[Generation] = set()
+        cluster.on_sweep = self._on_sweep
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def begin(self, request: GenerationRequest) -> Generation:
+        generation = Generation(request, self._cluster, self._running.discard)
+        self._running.add(generation)
+        generation.start()
+        return generation
+
+    def _on_sweep(self, now: float) -> None:
+        for generation in list(self._running):
+            generation.on_sweep(now, self._idle_s)
+
+
+class _Choice(Consumer):
+    """From a journey's tokens to deltas: detokenised, cut at stop strings."""
+
+    __slots__ = ("_detokenizer", "_generation", "_index", "_stops", "_tokens", "journey")
+
+    def __init__(self, generation: Generation, index: int) -> None:
+        self.journey: Journey | None = None
+        self._generation = generation
+        self._index = index
+        self._reset()
+
+    def _reset(self) -> None:
+        request = self._generation.request
+        self._detokenizer = detokenizer(request.model.tokenizer, skip_special_tokens=request.skip_special_tokens)
+        self._stops = StopStrings(request.stop) if request.stop else None
+        self._tokens = 0
+
+    def opened(self) -> None:
+        self._generation.open()
+
+    def tokens(self, tokens: Sequence[int], positions: Positions | None, prompt_positions: Positions | None) -> None:
+        generation = self._generation
+        for i, token in enumerate(tokens):
+            if self._stops is not None and self._stops.found is not None:
+                return
+            self._tokens += 1
+            text = self._detokenizer.push(token)
+            if self._stops is not None:
+                text = self._cut(text)
+            generation.push(
+                Delta(
+                    self._index,
+                    text,
+                    (token,),
+                    positions[i : i + 1] if positions is not None else None,
+                    prompt_positions if i == 0 else None,
+                )
+            )
+
+    def _cut(self, text: str) -> str:
+        assert self._stops is not None
+        if self._tokens <= self._generation.request.sampling.min_tokens:
+            return text  # a stop string counts only after the tokens that must be there
+        text = self._stops.push(text)
+        if self._stops.found is not None and self.journey is not None:
+            self._generation.stop(self.journey)
+        return text
+
+    def restarted(self) -> None:
+        self._generation.forget(self._index)
+        self._reset()
+
+    def ended(self, outcome: Outcome) -> None:
+        generation = self._generation
+        if outcome.error is not None:
+            generation.fail(outcome.error)
+            return
+        self._flush()
+        stop = self._stops.found if self._stops is not None else None
+        reason = outcome.reason if stop is None else FinishReason.STOP
+        stopped_by = outcome.stop_token_id if stop is None else stop
+        generation.push(Delta(self._index, finish=reason, stopped_by=stopped_by))
+        generation.choice_ended(self._index, outcome, self._tokens)
+
+    def _flush(self) -> None:
+        """Gives out what was held back in case more came."""
+        rest = self._detokenizer.finish()
+        if self._stops is not None:
+            rest = self._stops.push(rest)
+            if self._stops.found is None:
+                rest += self._stops.finish()
+        if rest:
+            self._generation.push(Delta(self._index, rest))
+
+
+def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: int) -> Order:
+    sampling = request.sampling
+    nth = index % request.n
+    if nth and sampling.seed is not None:
+        # Each choice draws for itself; with a seed, each time the same way.
+        sampling = replace(sampling, seed=(sampling.seed + nth) % 2**63)
+    ends = frozenset(sampling.stop_token_ids)
+    return Order(
+        id=request.id,
+        model=request.model.name,
+        prompt=token_bytes(prompt),
+        sampling=sampling,
+        arrival_s=request.arrival_s,
+        deadline_s=request.arrival_s + request.timeout_s,
+        choice=index,
+        tenant=request.tenant,
+        request_class=request.request_class,
+        ttft_slo_s=request.ttft_slo_s,
+        cache_salt=request.cache_salt,
+        block_size=request.model.block_size,
+        hash_root=root,
+        traceparent=request.traceparent,
+        restartable=not request.streaming,
+        end_tokens=ends if sampling.ignore_eos else ends | request.model.eos_ids,
+    )

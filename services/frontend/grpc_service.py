@@ -1,0 +1,174 @@
+"""``tandem.v1.InferenceService``: the same generations as over HTTP, as gRPC streams."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+
+from services.frontend.generation import Delta, Generation, GenerationRequest, Generations
+from services.frontend.intake import Caller, Intake
+from services.frontend.options import Options, convert
+from tandem.adapters.clock import monotonic
+from tandem.adapters.grpc_errors import abort_with
+from tandem.errors import InvalidRequest, TandemError
+from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem.wire import codec
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_LISTS = ("stop", "stop_token_ids")
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """Deadlines and cancellation are gRPC's own: either ends the request wherever it is."""
+
+    def __init__(self, intake: Intake, generations: Generations) -> None:
+        self._intake = intake
+        self._generations = generations
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        generation = None
+        try:
+            wanted = await self._generate_request(request, context)
+            generation = self._generations.begin(wanted)
+            async for deltas in _batches(generation):
+                response = inference_pb2.GenerateResponse(
+                    id=wanted.id,
+                    text="".join(delta.text for delta in deltas),
+                    token_ids=[token for delta in deltas for token in delta.token_ids],
+                )
+                _close(response, deltas, generation)
+                yield response
+        except TandemError as error:
+            await abort_with(context, error)
+        finally:
+            if generation is not None:
+                generation.cancel()
+
+    async def Chat(
+        self, request: inference_pb2.ChatRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[inference_pb2.ChatResponse]:
+        generation = None
+        try:
+            wanted = await self._chat_request(request, context)
+            generation = self._generations.begin(wanted)
+            async for deltas in _batches(generation):
+                response = inference_pb2.ChatResponse(id=wanted.id, text="".join(delta.text for delta in deltas))
+                _close(response, deltas, generation)
+                if response.text or response.HasField("usage"):
+                    yield response
+        except TandemError as error:
+            await abort_with(context, error)
+        finally:
+            if generation is not None:
+                generation.cancel()
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> inference_pb2.ListModelsResponse:
+        try:
+            self._caller(context)
+        except TandemError as error:
+            await abort_with(context, error)
+        models = [
+            inference_pb2.Model(name=model.name, max_model_len=model.max_model_len)
+            for model in self._intake.models.values()
+        ]
+        return inference_pb2.ListModelsResponse(models=models)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    async def _generate_request(
+        self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> GenerationRequest:
+        arrival_s = monotonic()
+        caller = self._caller(context)
+        model = self._intake.model(request.model)
+        kind = request.WhichOneof("prompt")
+        if kind == "text":
+            prompt = await self._intake.tokenise(model, request.text, add_special_tokens=True, param="text")
+        elif kind == "token_ids":
+            prompt = list(request.token_ids.ids)
+            if prompt and max(prompt) >= model.tokenizer.vocab_size:
+                raise InvalidRequest(
+                    f"token_ids: {max(prompt)} is outside the vocabulary of {model.tokenizer.vocab_size}",
+                    param="token_ids",
+                )
+        else:
+            raise InvalidRequest("prompt: text or token_ids must be set", param="prompt")
+        return self._intake.request(
+            caller,
+            model,
+            [prompt],
+            _options(request.options),
+            id="gen-" + uuid.uuid4().hex,
+            param=kind,
+            streaming=True,
+            arrival_s=arrival_s,
+        )
+
+    async def _chat_request(
+        self, request: inference_pb2.ChatRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> GenerationRequest:
+        arrival_s = monotonic()
+        caller = self._caller(context)
+        model = self._intake.model(request.model)
+        if not request.messages:
+            raise InvalidRequest("messages: at least one is needed", param="messages")
+        text = model.render([{"role": message.role, "content": message.content} for message in request.messages])
+        prompt = await self._intake.tokenise(model, text, add_special_tokens=False, param="messages")
+        return self._intake.request(
+            caller,
+            model,
+            [prompt],
+            _options(request.options),
+            id="chat-" + uuid.uuid4().hex,
+            param="messages",
+            streaming=True,
+            arrival_s=arrival_s,
+        )
+
+    def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+        metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        traceparent = metadata.get("traceparent", "")
+        return Caller(
+            tenant=self._intake.tenants.of_authorization(metadata.get("authorization")),
+            traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
+            timeout_s=context.time_remaining(),
+        )
+
+
+async def _batches(generation: Generation) -> AsyncIterator[Sequence[Delta]]:
+    while not generation.over:
+        if deltas := await generation.next_batch():
+            yield deltas
+    if generation.error is not None:
+        raise generation.error
+
+
+def _close(
+    response: inference_pb2.GenerateResponse | inference_pb2.ChatResponse,
+    deltas: Sequence[Delta],
+    generation: Generation,
+) -> None:
+    """The last message says how it ended."""
+    finish = deltas[-1].finish
+    if finish is not None:
+        usage = generation.usage
+        response.finish_reason = codec.finish_to_wire(finish)
+        response.usage.prompt_tokens = usage.prompt_tokens
+        response.usage.completion_tokens = usage.completion_tokens
+        response.usage.cached_tokens = usage.cached_tokens
+
+
+def _options(given: inference_pb2.GenerateOptions) -> Options:
+    values: dict[str, Any] = {field.name: value for field, value in given.ListFields()}
+    for name in _LISTS:
+        if name in values:
+            values[name] = list(values[name])
+    return convert(values, Options)

@@ -1,0 +1,67 @@
+"""How each error looks over HTTP: status and OpenAI's error type. One table; a test sees that no error is missing."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from tandem import errors
+
+#: error class -> (status, OpenAI's ``type``)
+HTTP_STATUS: dict[type[errors.TandemError], tuple[int, str]] = {
+    errors.InvalidRequest: (400, "invalid_request_error"),
+    errors.ContextLengthExceeded: (400, "invalid_request_error"),
+    errors.UnknownModel: (404, "invalid_request_error"),
+    errors.PayloadTooLarge: (413, "invalid_request_error"),
+    errors.Unauthenticated: (401, "authentication_error"),
+    errors.PermissionDenied: (403, "permission_error"),
+    errors.Refused: (429, "rate_limit_error"),
+    errors.Overloaded: (429, "rate_limit_error"),
+    errors.DeadlineInfeasible: (429, "rate_limit_error"),
+    errors.NoWorkers: (503, "service_unavailable_error"),
+    errors.TimedOut: (504, "timeout_error"),
+    errors.QueueTimeout: (504, "timeout_error"),
+    errors.RequestTimeout: (504, "timeout_error"),
+    errors.Cancelled: (499, "cancelled_error"),
+    errors.Lost: (502, "upstream_error"),
+    errors.NoLeader: (503, "service_unavailable_error"),
+    errors.WorkerLostError: (502, "upstream_error"),
+    errors.HandoffFailed: (502, "upstream_error"),
+    errors.EngineFailed: (502, "upstream_error"),
+    errors.StaleEpoch: (502, "upstream_error"),
+    errors.UnknownRequest: (502, "upstream_error"),
+    errors.BusUnavailable: (503, "service_unavailable_error"),
+    errors.StoreUnavailable: (503, "service_unavailable_error"),
+    errors.IncompatibleWorker: (500, "server_error"),
+    errors.ConfigError: (500, "server_error"),
+    errors.InternalError: (500, "server_error"),
+}
+
+
+def http_status(error: errors.TandemError) -> int:
+    return HTTP_STATUS[type(error)][0]
+
+
+def error_body(error: errors.TandemError) -> bytes:
+    """OpenAI's shape. ``code`` is the class's own; ``retryable`` says whether the same request may succeed later."""
+    _, kind = HTTP_STATUS[type(error)]
+    return msgspec.json.encode(
+        {
+            "error": {
+                "message": error.message,
+                "type": kind,
+                "param": error.param,
+                "code": error.code,
+                "retryable": error.retryable,
+            }
+        }
+    )
+
+
+def error_headers(error: errors.TandemError) -> list[tuple[bytes, bytes]]:
+    if error.retry_after_s > 0:
+        return [(b"retry-after", str(math.ceil(error.retry_after_s)).encode())]
+    if isinstance(error, errors.Unauthenticated):
+        return [(b"www-authenticate", b"Bearer")]
+    return []

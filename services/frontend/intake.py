@@ -1,0 +1,175 @@
+"""Turns what a client wants into a GenerationRequest, the same way for every protocol, or refuses it with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from services.frontend.generation import GenerationRequest
+from services.frontend.options import Options
+from services.frontend.served_model import ServedModel
+from services.frontend.tenants import Tenants
+from tandem.adapters.clock import monotonic
+from tandem.adapters.deployment import Deployment, Tenant
+from tandem.core.types import SamplingParams, StructuredOutput
+from tandem.errors import ContextLengthExceeded, InvalidRequest, UnknownModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks, and what came along with the request."""
+
+    tenant: Tenant
+    traceparent: str = ""
+    #: The client's own time limit, seconds; None = the request class's.
+    timeout_s: float | None = None
+
+
+class Intake:
+    def __init__(
+        self,
+        deployment: Deployment,
+        models: Sequence[ServedModel],
+        *,
+        now: Callable[[], float] = monotonic,
+    ) -> None:
+        self.models = {model.name: model for model in models}
+        self.tenants = Tenants(deployment)
+        self.limits = deployment.limits
+        self._now = now
+        # One thread: tokenising holds a core, and the loop needs the other.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def model(self, name: str) -> ServedModel:
+        found = self.models.get(name)
+        if found is None:
+            served = ", ".join(self.models)
+            raise UnknownModel(f"no model {name!r} is served here; there are: {served}", param="model")
+        return found
+
+    async def tokenise(self, model: ServedModel, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+        """Of text that is far too long for the context only as much is tokenised as it takes to know that."""
+        try:
+            return await model.encode(text, self._executor, add_special_tokens=add_special_tokens)
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                f"{param}: holds half of a surrogate pair, which is no character", param=param
+            ) from None
+
+    def request(
+        self,
+        caller: Caller,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        options: Options,
+        *,
+        id: str,
+        param: str,
+        n: int = 1,
+        streaming: bool,
+        logprobs: int | None = None,
+        structured_output: StructuredOutput | None = None,
+        arrival_s: float | None = None,
+    ) -> GenerationRequest:
+        """``param``: the field that the prompt came in, for messages."""
+        limits = self.limits
+        if not 1 <= n <= limits.max_n:
+            raise InvalidRequest(f"n: must be from 1 to {limits.max_n}", param="n")
+        if len(options.stop_strings) > limits.max_stop:
+            raise InvalidRequest(f"stop: at most {limits.max_stop} stop strings", param="stop")
+        longest = max(map(len, prompts))
+        if not min(map(len, prompts)):
+            raise InvalidRequest(f"{param}: the prompt is empty", param=param)
+        max_tokens = _max_tokens(model, longest, options.max_tokens, param)
+        sampling = _sampling(model, options, max_tokens, logprobs, structured_output)
+        request_class = self.tenants.request_class(caller.tenant, options.request_class)
+        timeout_s = request_class.timeout_s
+        return GenerationRequest(
+            id=id,
+            model=model,
+            prompts=prompts,
+            sampling=sampling,
+            arrival_s=self._now() if arrival_s is None else arrival_s,
+            timeout_s=timeout_s if caller.timeout_s is None else min(timeout_s, caller.timeout_s),
+            n=n,
+            stop=options.stop_strings,
+            skip_special_tokens=options.skip_special_tokens is not False,
+            streaming=streaming,
+            tenant=caller.tenant.name,
+            request_class=request_class.name,
+            ttft_slo_s=(options.ttft_slo_ms or 0) / 1e3,
+            cache_salt=self.tenants.cache_salt(caller.tenant),
+            traceparent=caller.traceparent,
+        )
+
+
+def _max_tokens(model: ServedModel, prompt_tokens: int, asked: int | None, param: str) -> int:
+    """What was asked for, or all that fits."""
+    room = model.max_model_len - prompt_tokens
+    if room <= 0:
+        raise ContextLengthExceeded(
+            f"the prompt has {prompt_tokens} tokens, but the context length of {model.name!r} is "
+            f"{model.max_model_len} tokens, of which at least one is for the answer",
+            param=param,
+        )
+    if asked is not None and asked > room:
+        raise ContextLengthExceeded(
+            f"the prompt's {prompt_tokens} tokens and max_tokens {asked} are {prompt_tokens + asked} together, but the "
+            f"context length of {model.name!r} is {model.max_model_len} tokens",
+            param="max_tokens",
+        )
+    return asked or room
+
+
+def _sampling(
+    model: ServedModel,
+    options: Options,
+    max_tokens: int,
+    logprobs: int | None,
+    structured_output: StructuredOutput | None,
+) -> SamplingParams:
+    def chosen(value: float | None, name: str, otherwise: float) -> float:
+        return model.defaults.get(name, otherwise) if value is None else value
+
+    min_tokens = options.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequest(f"min_tokens: {min_tokens} is over max_tokens {max_tokens}", param="min_tokens")
+    size = model.tokenizer.vocab_size
+    for token in options.stop_token_ids or ():
+        if token >= size:
+            raise InvalidRequest(f"stop_token_ids: {token} is not in the vocabulary of {size}", param="stop_token_ids")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=chosen(options.temperature, "temperature", 1.0),
+        top_p=chosen(options.top_p, "top_p", 1.0),
+        top_k=max(0, int(chosen(options.top_k, "top_k", 0))),
+        min_p=chosen(options.min_p, "min_p", 0.0),
+        seed=None if options.seed is None else options.seed % 2**63,
+        min_tokens=min_tokens,
+        ignore_eos=bool(options.ignore_eos),
+        stop_token_ids=tuple(options.stop_token_ids or ()),
+        presence_penalty=options.presence_penalty or 0.0,
+        frequency_penalty=options.frequency_penalty or 0.0,
+        repetition_penalty=chosen(options.repetition_penalty, "repetition_penalty", 1.0),
+        logit_bias=_logit_bias(options.logit_bias, size),
+        logprobs=logprobs,
+        structured_output=structured_output,
+    )
+
+
+def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    found = {}
+    for key, value in (bias or {}).items():
+        # isdecimal alone takes digits of every script; int() would too
+        if not (key.isascii() and key.isdecimal() and int(key) < vocab_size):
+            raise InvalidRequest(
+                f"logit_bias: {key[:40]!r} is no token id of the vocabulary of {vocab_size}", param="logit_bias"
+            )
+        if not -100.0 <= value <= 100.0:
+            raise InvalidRequest(f"logit_bias: {value} is not from -100 to 100", param="logit_bias")
+        found[int(key)] = value
+    return tuple(sorted(found.items()))

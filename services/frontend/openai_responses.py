@@ -1,0 +1,206 @@
+"""OpenAI's response bodies, streamed and whole, written from a generation's deltas.
+
+What is the same in every event of a stream is encoded once: an event is then three pieces of bytes around one string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from services.frontend.generation import Delta, Usage
+from services.frontend.tokenizer import Tokenizer
+from tandem.core.types import FinishReason
+from tandem.v1 import types_pb2
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+#: JSON has no minus infinity.
+LEAST_LOGPROB = -9999.0
+
+_encode = msgspec.json.Encoder().encode
+_FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
+
+
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+class Answer:
+    """One response. ``choices`` is how many there are; ``include_usage`` asks for the usage event of a stream."""
+
+    stream_object: str
+    whole_object: str
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        created: int,
+        model: str,
+        choices: int,
+        include_usage: bool,
+        tokenizer: Tokenizer,
+        top_logprobs: int = 0,
+    ) -> None:
+        self._id = id
+        self._created = created
+        self._model = model
+        self._choices = choices
+        self._include_usage = include_usage
+        self._tokenizer = tokenizer
+        self._top_logprobs = top_logprobs
+        opening = _encode({"id": id, "object": self.stream_object, "created": created, "model": model})
+        self._prefix = b"data: " + opening[:-1] + b',"choices":['
+        self._suffix = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        self._text_prefix = [self._prefix + b'{"index":%d,' % index + self.text_opening for index in range(choices)]
+        self._text_suffix = self.text_closing + b',"logprobs":null,"finish_reason":null}' + self._suffix
+
+    #: Around the JSON string of a choice's text.
+    text_opening: bytes
+    text_closing: bytes
+
+    # -- streamed --------------------------------------------------------------------------------------------------
+
+    def head(self) -> bytes:
+        """Events before the first delta."""
+        raise NotImplementedError
+
+    def events(self, deltas: Sequence[Delta]) -> bytes:
+        """An event for each delta that says something."""
+        out = []
+        for delta in deltas:
+            if delta.positions is not None or delta.finish is not None:
+                out.append(self._full_event(delta))
+            elif delta.text:
+                out += self._text_prefix[delta.choice], _encode(delta.text), self._text_suffix
+        return b"".join(out)
+
+    def tail(self, usage: Usage) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return self._prefix + b'],"usage":' + _encode(usage_fields(usage)) + b"}\n\n" + DONE
+
+    def _full_event(self, delta: Delta) -> bytes:
+        choice = self._streamed_choice(delta)
+        choice["logprobs"] = None if delta.positions is None else self._logprobs([delta])
+        choice["finish_reason"] = None if delta.finish is None else _FINISH[delta.finish]
+        return self._prefix + _encode({"index": delta.choice, **choice}) + self._suffix
+
+    # -- whole -----------------------------------------------------------------------------------------------------
+
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
+        by_choice: list[list[Delta]] = [[] for _ in range(self._choices)]
+        for delta in deltas:
+            by_choice[delta.choice].append(delta)
+        return _encode(
+            {
+                "id": self._id,
+                "object": self.whole_object,
+                "created": self._created,
+                "model": self._model,
+                "choices": [
+                    {
+                        "index": index,
+                        **self._whole_choice(index, "".join(delta.text for delta in mine)),
+                        "logprobs": self._logprobs(mine) if any(d.positions is not None for d in mine) else None,
+                        "finish_reason": _FINISH[next(d.finish for d in mine if d.finish is not None)],
+                    }
+                    for index, mine in enumerate(by_choice)
+                ],
+                "usage": usage_fields(usage),
+            }
+        )
+
+    # -- what differs ----------------------------------------------------------------------------------------------
+
+    def _streamed_choice(self, delta: Delta) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _whole_choice(self, index: int, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _positions(self, deltas: Sequence[Delta]) -> list[Sequence[types_pb2.TokenLogprob]]:
+        return [position.tokens for delta in deltas for position in delta.positions or ()]
+
+
+class ChatAnswer(Answer):
+    stream_object = "chat.completion.chunk"
+    whole_object = "chat.completion"
+    text_opening = b'"delta":{"content":'
+    text_closing = b"}"
+
+    def head(self) -> bytes:
+        role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
+        return b"".join(self._prefix + b'{"index":%d,' % i + role + self._suffix for i in range(self._choices))
+
+    def _streamed_choice(self, delta: Delta) -> dict[str, Any]:
+        return {"delta": {"content": delta.text} if delta.text or delta.positions is not None else {}}
+
+    def _whole_choice(self, index: int, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        content = []
+        for candidates in self._positions(deltas):
+            # The sampled one comes first, and may be one of the top ones as well.
+            top = sorted((c for c in candidates if c.rank <= self._top_logprobs), key=lambda c: c.rank)
+            content.append({**self._one(candidates[0]), "top_logprobs": [self._one(c) for c in top]})
+        return {"content": content, "refusal": None}
+
+    def _one(self, candidate: types_pb2.TokenLogprob) -> dict[str, Any]:
+        data = self._tokenizer.token_bytes(candidate.token_id)
+        return {
+            "token": data.decode("utf-8", "replace"),
+            "logprob": max(candidate.logprob, LEAST_LOGPROB),
+            "bytes": list(data),
+        }
+
+
+class CompletionAnswer(Answer):
+    stream_object = whole_object = "text_completion"
+    text_opening = b'"text":'
+    text_closing = b""
+
+    def __init__(self, *, echo: Sequence[str] = (), n: int = 1, **rest: Any) -> None:
+        """``echo``: the texts of the prompts, where they are to be repeated before each of their ``n`` answers."""
+        super().__init__(**rest)
+        self._echo = [text for text in echo for _ in range(n)]
+        self._offsets = [len(text) for text in self._echo] or [0] * self._choices
+
+    def head(self) -> bytes:
+        return self.events([Delta(index, text) for index, text in enumerate(self._echo)])
+
+    def _streamed_choice(self, delta: Delta) -> dict[str, Any]:
+        return {"text": delta.text}
+
+    def _whole_choice(self, index: int, text: str) -> dict[str, Any]:
+        return {"text": (self._echo[index] if self._echo else "") + text}
+
+    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        tokens, values, tops, offsets = [], [], [], []
+        for delta in deltas:
+            for candidates in self._positions([delta]):
+                tokens.append(self._text(candidates[0]))
+                values.append(max(candidates[0].logprob, LEAST_LOGPROB))
+                tops.append({self._text(c): max(c.logprob, LEAST_LOGPROB) for c in candidates})
+                offsets.append(self._offsets[delta.choice])
+            self._offsets[delta.choice] += len(delta.text)
+        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _text(self, candidate: types_pb2.TokenLogprob) -> str:
+        return self._tokenizer.token_bytes(candidate.token_id).decode("utf-8", "replace")

@@ -1,0 +1,101 @@
+"""One served model as the frontend knows it: its tokenizer, chat template, limits and defaults.
+
+Everything comes from the deployment file and from the model's folder; nothing of the weights is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from services.frontend.chat_template import ChatTemplate
+from services.frontend.tokenizer import Tokenizer, read_json
+from tandem.adapters.deployment import Model
+from tandem.errors import ConfigError, InvalidRequest
+
+#: Characters up to which a text is tokenised on the event loop (about 0.5 ms); a longer one goes to the thread.
+INLINE_CHARS = 2_000
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    name: str
+    max_model_len: int
+    block_size: int
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    #: The engine ends a generation at these unless told to ignore them.
+    eos_ids: frozenset[int]
+    #: Sampling that the model's author recommends (generation_config.json); what a request leaves out.
+    defaults: Mapping[str, float] = field(default_factory=dict)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of a chat. InvalidRequest if the model has no template or the template refuses."""
+        if self.template is None:
+            raise InvalidRequest(f"model {self.name!r} has no chat template: use completions instead", param="messages")
+        return self.template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, extra=extra)
+
+    async def encode(self, text: str, executor: Executor, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of ``text``. Long texts in ``executor``, so that streams do not wait for them."""
+        if len(text) <= INLINE_CHARS:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            executor, lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+
+def load(model: Model) -> ServedModel:
+    """ConfigError if the folder is missing or lacks what serving needs."""
+    folder = model.folder
+    if not folder.is_dir():
+        raise ConfigError(f"model {model.name!r}: no folder {folder}")
+    tokenizer = Tokenizer(folder)
+    generation = read_json(folder / "generation_config.json")
+    return ServedModel(
+        name=model.name,
+        max_model_len=model.max_model_len,
+        block_size=model.block_size,
+        tokenizer=tokenizer,
+        template=_template(model, folder, tokenizer),
+        eos_ids=_eos_ids(generation) or _eos_ids(read_json(folder / "config.json")),
+        defaults={
+            name: float(generation[name])
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+            if isinstance(generation.get(name), int | float)
+        },
+    )
+
+
+def _template(model: Model, folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    if model.chat_template:
+        path = Path(model.chat_template).expanduser()
+        try:
+            return ChatTemplate(path.read_text(), tokenizer.special_tokens, name=str(path))
+        except OSError as error:
+            raise ConfigError(f"model {model.name!r}: cannot read chat template {path}: {error.strerror}") from None
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return ChatTemplate(path.read_text(), tokenizer.special_tokens, name=str(path))
+    source = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(source, list):  # several by name: the one for plain chats
+        source = {entry.get("name"): entry.get("template") for entry in source}.get("default")
+    if not isinstance(source, str):
+        return None
+    return ChatTemplate(source, tokenizer.special_tokens, name=f"chat_template in {folder / 'tokenizer_config.json'}")
+
+
+def _eos_ids(config: Mapping[str, Any]) -> frozenset[int]:
+    ids = config.get("eos_token_id")
+    return frozenset([ids] if isinstance(ids, int) else ids or ())

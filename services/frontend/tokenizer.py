@@ -1,0 +1,119 @@
+"""Text to token ids and back for one model, from the files in its folder. No transformers, no torch.
+
+Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM and most others) decodes through a table from token id to bytes; anything
+else through the tokenizer itself. Which of the two is checked when the model is loaded, not believed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as HfTokenizer
+
+from tandem.errors import ConfigError
+
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """ConfigError if ``folder`` holds no usable tokenizer."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: not a model folder in Hugging Face's layout?")
+        try:
+            self._hf = HfTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception, with the reason in words
+            raise ConfigError(f"{path}: not a tokenizer: {error}") from None
+        # Both may be set in the file, for training's sake; a prompt is neither cut nor filled up.
+        self._hf.no_truncation()
+        self._hf.no_padding()
+        self.vocab_size: int = self._hf.get_vocab_size(with_added_tokens=True)
+        config = read_json(folder / "tokenizer_config.json")
+        #: bos_token, eos_token and so on, as text.
+        self.special_tokens = _special_tokens(config)
+        self.special_ids = frozenset(
+            token_id for token_id, token in self._hf.get_added_tokens_decoder().items() if token.special
+        )
+        #: id -> the bytes it stands for; None when this tokenizer is not byte-level.
+        self.byte_table = _byte_table(self._hf)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # The fast form leaves out the offsets, which nobody here needs.
+        ids: list[int] = self._hf.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._hf.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token says by itself; special tokens too. Ids that no token has say nothing."""
+        if self.byte_table is not None:
+            return self.byte_table[token_id] if token_id < len(self.byte_table) else b""
+        return self.decode([token_id], skip_special_tokens=False).encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """{} if there is no such file. ConfigError if it is no JSON object."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return data
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """As transformers names them; each is a string, or an object with ``content``."""
+    found = {}
+    for name in _SPECIAL:
+        token = config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+def _byte_table(hf: HfTokenizer) -> list[bytes] | None:
+    decoder = json.loads(hf.to_str())["decoder"] or {}
+    steps = decoder.get("decoders", [decoder]) if decoder.get("type") == "Sequence" else [decoder]
+    if [step.get("type") for step in steps] != ["ByteLevel"]:
+        return None
+    byte_of = _byte_of_char()
+    size = hf.get_vocab_size(with_added_tokens=True)
+    table = []
+    for token_id in range(size):
+        token = hf.id_to_token(token_id) or ""
+        # The decoder takes a token with any character outside its alphabet (an added token) at its word.
+        known = [byte_of.get(char) for char in token]
+        table.append(token.encode() if None in known else bytes(b for b in known if b is not None))
+    return table if _table_agrees(hf, table) else None
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    alphabet = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    alphabet.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    return alphabet
+
+
+def _table_agrees(hf: HfTokenizer, table: list[bytes], samples: int = 64) -> bool:
+    rng = random.Random(0)
+    for _ in range(samples):
+        ids = [rng.randrange(len(table)) for _ in range(16)]
+        text = b"".join(table[i] for i in ids).decode("utf-8", "replace")
+        if text != hf.decode(ids, skip_special_tokens=False):
+            return False
+    return True
