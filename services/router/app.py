@@ -18,6 +18,7 @@ from tandem.adapters.nats_bus import NatsBus
 from tandem.adapters.redis_store import RedisCounters, RedisLeases, RedisPrefixIndex, RedisRegistry, connect
 from tandem.core.policy import RequestClass, Tenant, policy_from
 from tandem.core.scheduler import Scheduler
+from tandem.errors import ConfigError
 from tandem.v1 import router_pb2, router_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -59,15 +60,16 @@ async def run(settings: RouterSettings) -> None:
         await server.start(router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name)
         stack.push_async_callback(server.stop)
         log.info("%s serves RouterService on port %d", router, server.port)
-        await _until_terminated(routers)
+        await _until_terminated(routers, settings.deployment)
 
 
-async def _until_terminated(routers: dict[str, ModelRouter]) -> None:
-    """A crash in any model's loops ends the process."""
+async def _until_terminated(routers: dict[str, ModelRouter], deployment_file: str) -> None:
+    """A crash in any model's loops ends the process. SIGHUP reads policy, classes and tenants anew."""
     leave = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave.set)
+    loop.add_signal_handler(signal.SIGHUP, _reload, routers, deployment_file)
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(router.run()) for router in routers.values()]
         await leave.wait()
@@ -75,11 +77,29 @@ async def _until_terminated(routers: dict[str, ModelRouter]) -> None:
             task.cancel()
 
 
+def _reload(routers: dict[str, ModelRouter], deployment_file: str) -> None:
+    """A wrong file changes nothing."""
+    try:
+        deployment = read(deployment_file)
+        policy = policy_from(deployment.policy)
+    except ConfigError as error:
+        log.error("deployment file not reloaded: %s", error.message)
+        return
+    for router in routers.values():
+        router.scheduler.reconfigure(policy, classes=_classes(deployment), tenants=_tenants(deployment))
+    log.info("reloaded: %s", policy)
+
+
+def _classes(deployment: Deployment) -> dict[str, RequestClass]:
+    return {c.name: RequestClass(**c.model_dump()) for c in deployment.classes}
+
+
+def _tenants(deployment: Deployment) -> dict[str, Tenant]:
+    return {t.name: Tenant(name=t.name, weight=t.weight, request_class=t.request_class) for t in deployment.tenants}
+
+
 def _scheduler(deployment: Deployment) -> Scheduler:
-    classes = {c.name: RequestClass(**c.model_dump()) for c in deployment.classes}
-    tenants = {
-        t.name: Tenant(name=t.name, weight=t.weight, request_class=t.request_class) for t in deployment.tenants
-    }
     # Ties between equal plans only: any seed does.
     rng = random.Random(clock.new_incarnation())
-    return Scheduler(policy_from(deployment.policy), classes=classes, tenants=tenants, rng=rng)
+    policy = policy_from(deployment.policy)
+    return Scheduler(policy, classes=_classes(deployment), tenants=_tenants(deployment), rng=rng)

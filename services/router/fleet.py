@@ -136,7 +136,7 @@ class Fleet:
             if member.probe is not None:
                 member.probe.cancel()
         for channel in self._channels.values():
-            await channel.close()
+            await channel.close(None)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -204,5 +204,5 @@ class Fleet:
         self._dead.add((member.spec.id, member.spec.address.incarnation))
         channel = self._channels.pop(member.spec.address.grpc_address, None)
         if channel is not None:
-            asyncio.get_running_loop().create_task(channel.close())
+            asyncio.get_running_loop().create_task(channel.close(None))
         self._listener.lost(member.spec.id, member.spec.address.incarnation, why)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import grpc
 
@@ -21,7 +22,7 @@ class RouterControl(router_pb2_grpc.RouterServiceServicer):
         self._now = now
 
     async def Explain(
-        self, request: router_pb2.ExplainRequest, context: grpc.aio.ServicerContext
+        self, request: router_pb2.ExplainRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> router_pb2.ExplainResponse:
         router = await self._router(request.model, context)
         asked = Request(
@@ -37,7 +38,7 @@ class RouterControl(router_pb2_grpc.RouterServiceServicer):
         return _explanation(await router.explain(asked, request.block_hashes))
 
     async def ListWorkers(
-        self, request: router_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext
+        self, request: router_pb2.ListWorkersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> router_pb2.ListWorkersResponse:
         routers = [await self._router(request.model, context)] if request.model else list(self._routers.values())
         now = self._now()
@@ -53,13 +54,13 @@ class RouterControl(router_pb2_grpc.RouterServiceServicer):
         return answer
 
     async def GetPolicy(
-        self, request: router_pb2.GetPolicyRequest, context: grpc.aio.ServicerContext
+        self, request: router_pb2.GetPolicyRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> router_pb2.GetPolicyResponse:
         router = await self._router(request.model, context)
         return router_pb2.GetPolicyResponse(policy_json=router.policy_json())
 
     async def GetLeaders(
-        self, request: router_pb2.GetLeadersRequest, context: grpc.aio.ServicerContext
+        self, request: router_pb2.GetLeadersRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> router_pb2.GetLeadersResponse:
         leaders = [
             router_pb2.Leader(
@@ -72,7 +73,7 @@ class RouterControl(router_pb2_grpc.RouterServiceServicer):
         ]
         return router_pb2.GetLeadersResponse(leaders=leaders)
 
-    async def _router(self, model: str, context: grpc.aio.ServicerContext) -> ModelRouter:
+    async def _router(self, model: str, context: grpc.aio.ServicerContext[Any, Any]) -> ModelRouter:
         router = self._routers.get(model)
         if router is None:
             names = ", ".join(self._routers)

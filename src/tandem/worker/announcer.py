@@ -57,9 +57,7 @@ class Announcer:
             match event:
                 case BlocksStored():
                     root = root_hash(self.spec.model, event.lora, event.cache_salt)
-                    self._gather(
-                        *self._blocks.stored(event.block_hashes, event.parent_hash, event.token_ids, root)
-                    )
+                    self._gather(*self._blocks.stored(event.block_hashes, event.parent_hash, event.token_ids, root))
                 case BlocksRemoved():
                     self._gather(*self._blocks.removed(event.block_hashes))
                 case AllBlocksCleared():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 
@@ -39,22 +40,24 @@ class WorkerControl(worker_pb2_grpc.WorkerServiceServicer):
         self._drain = drain
 
     async def Describe(
-        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext
+        self, request: worker_pb2.DescribeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.DescribeResponse:
-        return worker_pb2.DescribeResponse(
-            info=codec.spec_to_wire(self._announcer.spec), load=self._reporter.report()
-        )
+        return worker_pb2.DescribeResponse(info=codec.spec_to_wire(self._announcer.spec), load=self._reporter.report())
 
-    async def Fence(self, request: worker_pb2.FenceRequest, context: grpc.aio.ServicerContext) -> worker_pb2.FenceResponse:
+    async def Fence(
+        self, request: worker_pb2.FenceRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.FenceResponse:
         self._execution.epoch = max(self._execution.epoch, request.epoch)
         return worker_pb2.FenceResponse(highest_epoch=self._execution.epoch)
 
-    async def Drain(self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext) -> worker_pb2.DrainResponse:
+    async def Drain(
+        self, request: worker_pb2.DrainRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.DrainResponse:
         self._drain()
         return worker_pb2.DrainResponse()
 
     async def SetRole(
-        self, request: worker_pb2.SetRoleRequest, context: grpc.aio.ServicerContext
+        self, request: worker_pb2.SetRoleRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.SetRoleResponse:
         try:
             role = codec.role_from_wire(request.role)
@@ -69,21 +72,25 @@ class WorkerControl(worker_pb2_grpc.WorkerServiceServicer):
         log.info("role changed from %s to %s", previous.value, role.value)
         return worker_pb2.SetRoleResponse(previous=codec.role_to_wire(previous))
 
-    async def Abort(self, request: worker_pb2.AbortRequest, context: grpc.aio.ServicerContext) -> worker_pb2.AbortResponse:
+    async def Abort(
+        self, request: worker_pb2.AbortRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.AbortResponse:
         return worker_pb2.AbortResponse(aborted=self._execution.abort(request.id, request.max_attempt))
 
-    async def Flush(self, request: worker_pb2.FlushRequest, context: grpc.aio.ServicerContext) -> worker_pb2.FlushResponse:
+    async def Flush(
+        self, request: worker_pb2.FlushRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.FlushResponse:
         await self._engine.reset_prefix_cache()
         return worker_pb2.FlushResponse()
 
     async def ClaimHandoff(
-        self, request: worker_pb2.ClaimHandoffRequest, context: grpc.aio.ServicerContext
+        self, request: worker_pb2.ClaimHandoffRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.ClaimHandoffResponse:
         left = self._handoffs.claim(request.handoff_id, request.engine_id, request.decode_worker)
         return worker_pb2.ClaimHandoffResponse(granted=left is not None, lease_left_s=left or 0.0)
 
     async def ReleaseHandoff(
-        self, request: worker_pb2.ReleaseHandoffRequest, context: grpc.aio.ServicerContext
+        self, request: worker_pb2.ReleaseHandoffRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> worker_pb2.ReleaseHandoffResponse:
         self._handoffs.release(request.handoff_id, pulled=request.pulled)
         return worker_pb2.ReleaseHandoffResponse()

@@ -9,6 +9,7 @@ and the frontend, who owns the request, submits again.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -17,7 +18,15 @@ from tandem.adapters.bus import Bus
 from tandem.core.blocks import token_ids
 from tandem.core.types import FinishReason, RequestKey
 from tandem.engine.protocol import Engine, EngineOutput, EngineRequest, KvHandoff, Logprob
-from tandem.errors import BusUnavailable, HandoffFailed, PayloadTooLarge, Refused, StaleEpoch, TandemError, UnknownRequest
+from tandem.errors import (
+    BusUnavailable,
+    HandoffFailed,
+    PayloadTooLarge,
+    Refused,
+    StaleEpoch,
+    TandemError,
+    UnknownRequest,
+)
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import codec, subjects
 from tandem.worker.handoffs import OpenHandoff, OpenHandoffs, Peers
@@ -402,7 +411,7 @@ def _timings(running: Running, worker: str) -> bus_pb2.Timings:
         if running.leg == bus_pb2.LEG_LOCAL:
             timings.prefill_s = times[0] - running.accepted_at
         timings.decode_s = times[-1] - times[0]
-        gaps = sorted(b - a for a, b in zip(times, times[1:], strict=False))
+        gaps = sorted(b - a for a, b in itertools.pairwise(times))
         if gaps:
             timings.itl_p50_s = gaps[len(gaps) // 2]
             timings.itl_p99_s = gaps[int(len(gaps) * 0.99)]

@@ -38,7 +38,12 @@ class Outbox:
     """One per worker. ``schedule`` runs a callable soon on the loop (``loop.call_soon``)."""
 
     def __init__(
-        self, bus: Bus, cluster: str, model: str, address: WorkerAddress, schedule: Callable[[Callable[[], None]], object]
+        self,
+        bus: Bus,
+        cluster: str,
+        model: str,
+        address: WorkerAddress,
+        schedule: Callable[[Callable[[], None]], object],
     ) -> None:
         self._bus = bus
         self._cluster = cluster

@@ -1,4 +1,6 @@
-"""The worker process: one engine, and what makes it part of a cluster. Prefill and decode differ in the role they start with.
+"""The worker process: one engine, and what makes it part of a cluster.
+
+Prefill and decode workers differ in the role that they start with, nothing else.
 
 Order of start matters: the engine first, while this process has no other threads (it forks), then gRPC, the bus, the
 store; registration last, when work can be taken. Order of leaving: say that we drain, wait for running requests and
@@ -10,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from tandem.adapters import clock
@@ -24,7 +26,7 @@ from tandem.adapters.nats_bus import NatsBus
 from tandem.adapters.redis_store import RedisPrefixIndex, RedisRegistry, connect
 from tandem.core.types import Role, WorkerAddress, WorkerSpec
 from tandem.engine.factory import make_engine
-from tandem.engine.protocol import Engine, EngineConfig, EngineInfo
+from tandem.engine.protocol import Engine, EngineConfig, EngineInfo, KvEvent
 from tandem.errors import BusUnavailable, ConfigError, EngineFailed
 from tandem.v1 import bus_pb2, worker_pb2, worker_pb2_grpc
 from tandem.wire import subjects
@@ -51,11 +53,11 @@ async def run(settings: WorkerSettings, role: Role) -> None:
     worker_id = settings.instance or clock.new_name(f"{pool.pool_name}-{model.name}")
     async with contextlib.AsyncExitStack() as stack:
         run_dir = settings.run_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-"))
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        os.makedirs(run_dir, exist_ok=True)
         engine = make_engine(_engine_config(settings, model, pool, worker_id, run_dir))
         # KV events before the announcer exists are kept for it.
-        early: list[Any] = []
-        deliver = [early.extend]
+        early: list[KvEvent] = []
+        deliver: list[Callable[[Sequence[KvEvent]], None]] = [early.extend]
         await engine.start(lambda events: deliver[0](events))
         stack.push_async_callback(engine.stop)
         worker = await stack.enter_async_context(_joined(settings, deployment, pool, role, worker_id, engine))
