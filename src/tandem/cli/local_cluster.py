@@ -8,6 +8,7 @@ the run folder at every change.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _ENGINE_START_S = 600.0
 #: From SIGTERM to SIGKILL. Frontends let streams finish, workers what the frontends left behind.
 _GRACE_S = {Kind.FRONTEND: 10.0, Kind.PREFILL: 10.0, Kind.DECODE: 10.0, Kind.ROUTER: 5.0}
 _SERVER_GRACE_S = 5.0
+#: As nats-server marks it.
+_SERVER_TROUBLE = re.compile(r"\[(WRN|ERR|FTL)\]")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class LocalCluster:
         self._deployment = deployment
         self._run_dir = run_dir
         self._sources = sources
+        self._on_line = on_line
         self._on_note = on_note
         self._ready = False
         self._servers: list[ServerCommand] = []
@@ -75,7 +79,7 @@ class LocalCluster:
             free_port=free_port,
         )
         self.services = {service.name: service for service in services_of(deployment, self._around)}
-        self._supervisor = Supervisor(on_line=on_line, on_news=self._news, policy=policy)
+        self._supervisor = Supervisor(on_line=self._show, on_news=self._news, policy=policy)
         self._forked = ForkedWorkers(env=sources.env, on_line=lambda line: on_line("engine", line))
 
     @property
@@ -168,13 +172,15 @@ class LocalCluster:
 
     def _news(self, child: Child, news: str) -> None:
         # Ordinary comings and goings are in the state file; the terminal shows what somebody waits for or must know.
-        if child.state in (State.READY, State.WAITING) or child.restarts or self._overdue(child, news):
+        leaving = child.state in (State.STOPPING, State.STOPPED) and news == child.state.value
+        if not leaving and (child.state is not State.STARTING or child.restarts):
             self._on_note(f"{child.spec.name}: {news}")
         self._write_state()
 
-    @staticmethod
-    def _overdue(child: Child, news: str) -> bool:
-        return child.state is State.STOPPING and news != child.state.value
+    def _show(self, name: str, line: str) -> None:
+        """The servers' small talk is for those who asked for it; the supervisor keeps their last lines anyway."""
+        if name in self.services or self._sources.log_level == "DEBUG" or _SERVER_TROUBLE.search(line):
+            self._on_line(name, line)
 
     def _write_state(self) -> None:
         self._run_dir.write_state(self.state())

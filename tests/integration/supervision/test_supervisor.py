@@ -65,7 +65,7 @@ async def world(tmp_path: Path):
 
 async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(GENEROUS_S):
-        while not true():
+        while not true():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
