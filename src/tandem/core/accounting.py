@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tandem.core.perf_model import PerfModel
-from tandem.core.types import RequestKey, Role, WorkerLoad, WorkerSpec
+from tandem.core.types import RequestKey, StepTiming, WorkerLoad, WorkerSpec
 
 #: Share of the oldest prefill that elapsed time alone may count as done; the rest ends by event.
 _MAX_PROGRESS = 0.95
@@ -36,6 +38,15 @@ class Booking:
     kv_tokens: int  # read per decode step: the prompt
     transfer_bytes: float = 0.0  # still to cross this worker's link
     booked_s: float = 0.0
+
+
+class Reading(NamedTuple):
+    """A worker's pending prefill at one moment, own and foreign. Not inflated."""
+
+    tokens: float  # prompt tokens still to compute
+    context: float  # sum of the contexts before them
+    step_s: float  # fixed cost of each engine step that computes prompt tokens, beside the present decodes
+    pending_s: float  # until all of it is computed
 
 
 class _Peak:
@@ -73,10 +84,10 @@ class WorkerView:
 
     __slots__ = (
         "_dispatched", "_lag", "_peak_blocks", "_peak_kv", "_peak_seqs", "_peak_tokens", "_prefilling",
-        "_progress_from", "_recent_tokens", "_report", "_rho", "_rho_at", "bookings", "draining",
-        "foreign_blocks", "foreign_context", "foreign_kv_tokens", "foreign_sequences", "foreign_tokens", "id",
-        "kv_blocks", "kv_limit", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf",
-        "role", "spec", "suspect", "transfer_bytes",
+        "_progress_from", "_reading", "_reading_at", "_recent_tokens", "_report", "_rho", "_rho_at", "bookings",
+        "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens", "foreign_sequences", "foreign_tokens",
+        "id", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf", "role", "spec",
+        "suspect", "transfer_bytes",
     )  # fmt: skip
 
     def __init__(self, spec: WorkerSpec, perf: PerfModel, lag: float) -> None:
@@ -110,12 +121,15 @@ class WorkerView:
         self._report: WorkerLoad | None = None
         self._rho = 0.0
         self._rho_at = 0.0
+        self._reading = Reading(0.0, 0.0, 0.0, 0.0)
+        self._reading_at = -math.inf  # when it was taken; -inf = something has changed since
 
     # --- events -----------------------------------------------------------------------------------------------------
 
     def book(self, booking: Booking, now: float, tau_s: float) -> None:
         """``tau_s``: time over which the prefill that disturbs this worker's decodes is averaged."""
         booking.booked_s = now
+        self._reading_at = -math.inf
         self.bookings[booking.key] = booking
         self.own_blocks += booking.kv_blocks
         self.transfer_bytes += booking.transfer_bytes
@@ -140,6 +154,7 @@ class WorkerView:
         if booking is None or not booking.prefill_tokens:
             return
         self._note_peaks(now)
+        self._reading_at = -math.inf
         self.own_tokens -= booking.prefill_tokens
         self.own_context -= booking.prefill_context
         booking.prefill_tokens = 0
@@ -164,6 +179,7 @@ class WorkerView:
         if booking is None:
             return
         self._note_peaks(now)
+        self._reading_at = -math.inf
         self.own_blocks -= booking.kv_blocks
         if booking.decodes:
             self.own_sequences -= 1
@@ -171,8 +187,16 @@ class WorkerView:
         if not self.bookings:
             self.transfer_bytes = 0.0
 
+    def update(self, spec: WorkerSpec) -> None:
+        """News (role, draining) of the same incarnation."""
+        self._reading_at = -math.inf
+        self.spec = spec
+        self.role = spec.role
+        self.draining = spec.draining
+
     def report(self, load: WorkerLoad, now: float) -> None:
         self._report = load
+        self._reading_at = -math.inf
         self.draining = load.draining
         if load.role is not None:
             self.role = load.role
@@ -188,6 +212,11 @@ class WorkerView:
             self.foreign_context = 0.0
         while self._dispatched and self._dispatched[0][0] < now - self._lag:
             self._recent_tokens -= self._dispatched.popleft()[1]
+
+    def learn(self, steps: Iterable[StepTiming]) -> None:
+        """Timings of its engine steps, by its own clock."""
+        self._reading_at = -math.inf
+        self.perf.observe(steps)
 
     def finished_by_report(self, now: float) -> list[RequestKey]:
         """Bookings that the latest report contradicts: the worker is idle and they are older than any report's age.
@@ -205,8 +234,18 @@ class WorkerView:
 
     # --- readings ---------------------------------------------------------------------------------------------------
 
-    def pending(self, now: float) -> tuple[float, float]:
-        """(prompt tokens still to compute, sum of their contexts), own and foreign."""
+    def reading(self, now: float) -> Reading:
+        """What is pending and how fast it goes; kept until something changes or time goes on."""
+        if self._reading_at != now:
+            tokens, context = self._pending(now)
+            perf, chunk = self.perf, self.spec.max_batched_tokens
+            step = perf.p0 + perf.p1 * self.sequences + perf.p3 * self.kv_tokens
+            pending = perf.p1 * tokens + perf.p2 * context + math.ceil(tokens / chunk) * step
+            self._reading = Reading(tokens, context, step, pending)
+            self._reading_at = now
+        return self._reading
+
+    def _pending(self, now: float) -> tuple[float, float]:
         tokens = float(self.own_tokens + self.foreign_tokens)
         context = self.own_context + self.foreign_context
         if self._prefilling:
@@ -242,6 +281,11 @@ class WorkerView:
         return self.own_kv_tokens + self.foreign_kv_tokens
 
     @property
+    def foreign(self) -> tuple[int, int]:
+        """(KV blocks, requests) that are not ours."""
+        return self.foreign_blocks, self.foreign_sequences
+
+    @property
     def idle(self) -> bool:
         return not self.bookings and not self.foreign_sequences
 
@@ -258,7 +302,3 @@ class WorkerView:
         self._peak_blocks.note(self.own_blocks, now)
         self._peak_seqs.note(len(self.bookings), now)
         self._peak_kv.note(self._kv_bound(), now)
-
-
-def of_role(view: WorkerView, role: Role) -> bool:
-    return view.role is role and view.usable

@@ -2,7 +2,8 @@
 
     QUEUED ──place──> PREFILLING ──prefill_done──> TRANSFERRING ──decode_started──> DECODING ──finish──> FINISHED
       │                   │  └───────────decode_started (local leg)───────────────────^
-      │                   └── fail, abort, lose: from every placed state
+      │                   ├── fail, abort, lose: from every placed state
+      │                   └── recall
       └── refuse, abort, fail
 
 QUEUED       waits in the router. The only state in which the scheduler still may change its mind.
@@ -11,18 +12,18 @@ PREFILLING   assigned. The first worker computes the prompt; its prefill credit 
 TRANSFERRING remote leg only: the prompt is computed, the KV waits on the prefill worker or moves. The prefill credit
              is back; the KV room on both sides is still taken.
 DECODING     the decode worker produces tokens. The prefill worker, if there was one, has been told to forget.
-FINISHED, FAILED, ABORTED, REFUSED, LOST   the end. Everything reserved has been given back, exactly once.
+FINISHED, FAILED, ABORTED, REFUSED, LOST, RECALLED   the end. Everything reserved has been given back, exactly once.
 
 Retry and migration are no transitions here: the frontend owns the request, and when it submits again that is another
 attempt, a new key with a life of its own. What this attempt's end was (FAILED: the worker said so; LOST: the worker
-died; ABORTED: the owner said so) is what the next one is told by.
+died; ABORTED: the owner said so; RECALLED: it was background work in the way) is what the next one is told by.
 
 Lifecycle events travel best effort: each may be lost, repeated or late. The table therefore says which disorder is
 *legal*: an event that tells what is already known leaves the state as it is; an event that implies a lost one takes
 its place (``finish`` from PREFILLING; ``decode_started`` without ``prefill_done``). On a local leg the end of the
-prefill *is* the start of decoding. Whatever is not in the table is a
-defect of the caller and raises ``InternalError``. After an end nothing is legal: the scheduler has forgotten the
-key by then, and unknown keys are dropped before they get here.
+prefill *is* the start of decoding. Whatever is not in the table is a defect of the caller and raises
+``InternalError``. After an end nothing is legal: the scheduler has forgotten the key by then, and unknown keys are
+dropped before they get here.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class State(Enum):
     ABORTED = "aborted"
     REFUSED = "refused"
     LOST = "lost"
+    RECALLED = "recalled"
 
     @property
     def ended(self) -> bool:
@@ -61,10 +63,11 @@ class Event(Enum):
     ABORT = "abort"
     LOSE = "lose"
     REFUSE = "refuse"
+    RECALL = "recall"
 
 
 _PLACED = frozenset({State.PREFILLING, State.TRANSFERRING, State.DECODING})
-_ENDS = frozenset({State.FINISHED, State.FAILED, State.ABORTED, State.REFUSED, State.LOST})
+_ENDS = frozenset({State.FINISHED, State.FAILED, State.ABORTED, State.REFUSED, State.LOST, State.RECALLED})
 _ANY_END = {
     Event.FINISH: State.FINISHED,
     Event.FAIL: State.FAILED,
@@ -82,6 +85,7 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
     State.PREFILLING: {
         Event.PREFILL_DONE: State.TRANSFERRING,
         Event.DECODE_STARTED: State.DECODING,
+        Event.RECALL: State.RECALLED,
         **_ANY_END,
     },
     State.TRANSFERRING: {

@@ -67,8 +67,8 @@ class Policy:
     credit_s: float = _knob(0.2, "a worker gets work while its predicted pending prefill is below this, seconds")
     kv_share: float = _knob(0.9, "share of a worker's KV blocks that may be reserved")
     hold_s: float = _knob(2.0, "how long a request waits for a better but busy worker while another one idles, seconds")
-    scan_depth: int = _knob(16, "requests that one poll passes over at most")
-    scan_per_tenant: int = _knob(4, "requests of one tenant and class that one poll passes over at most")
+    scan_depth: int = _knob(8, "requests that one poll passes over at most")
+    scan_per_tenant: int = _knob(3, "requests of one tenant and class that one poll passes over at most")
     # admission
     queue_limit_tokens: int = _knob(4_000_000, "tokens that may wait, counted over classes of equal or better rank")
     no_worker_grace_s: float = _knob(30.0, "how long queued requests wait for any worker to come, seconds")
@@ -78,6 +78,7 @@ class Policy:
     output_weight: float = _knob(2.0, "an output token counts like this many uncached input tokens")
     share_window_s: float = _knob(10.0, "time over which a class's minimum share is measured, seconds")
     background_guard: float = _knob(0.7, "share of TPOT target and KV that background work may fill")
+    recalls: int = _knob(0, "times that a background request may be called back before its first token; 0 = never")
 
     def __post_init__(self) -> None:
         for knob in fields(self):

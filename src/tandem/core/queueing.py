@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from tandem.core.effects import Depth
 from tandem.core.policy import RequestClass, Tenant
 from tandem.core.types import Request, RequestKey
 
@@ -30,21 +31,25 @@ class Entry:
     request_class: RequestClass
     deadline: float
     tokens: int  # what it counts in queue depth and limits: uncached input + weighted expected output
+    prefill_s: float  # on an idle fleet, inflated
     order: int  # of arrival here
     queued: bool = True  # False once it left for good; heaps drop it when they meet it
-    blocked_since: float | None = None  # first time that a hard filter passed it over
     late: bool = False  # runs as best effort, behind the rest of its class
+    blocked_since: float | None = None  # first time that a hard filter passed it over
+    homeless_since: float | None = None  # first time that no worker of the fleet could have taken it
 
     def __lt__(self, other: Entry) -> bool:
         return (self.deadline, self.order) < (other.deadline, other.order)
 
 
-@dataclass(slots=True)
-class Depth:
-    """What waits, of one class or tenant."""
+class _Tally:
+    """Requests and tokens that wait, of one class or tenant."""
 
-    requests: int = 0
-    tokens: int = 0
+    __slots__ = ("requests", "tokens")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.tokens = 0
 
     def add(self, entry: Entry) -> None:
         self.requests += 1
@@ -93,6 +98,7 @@ class _Lane:
         self.waiting = 0  # entries that are queued and not parked
         self.heaps: dict[str, list[Entry]] = {}
         self._order: list[tuple[float, str]] = []
+        self._hidden: dict[str, list[Entry]] = {}
         self._key: dict[str, float] = {}  # the counter under which a tenant stands in ``_order``; others are stale
 
     def place(self, tenant: str, counter: float) -> None:
@@ -107,9 +113,21 @@ class _Lane:
         if tenant not in self._key:
             self.place(tenant, counter)
 
-    def hide(self, tenant: str) -> list[Entry]:
+    def drop(self, tenant: str) -> None:
         self._key.pop(tenant, None)
-        return self.heaps.pop(tenant, [])
+        self.heaps.pop(tenant, None)
+
+    def hide(self, tenant: str) -> None:
+        """Out of the order until ``unhide``."""
+        if tenant in self.heaps:
+            self._hidden[tenant] = self.heaps[tenant]
+            self.drop(tenant)
+
+    def unhide(self, counters: FairCounters) -> None:
+        for tenant, heap in self._hidden.items():
+            self.heaps[tenant] = heap
+            self.place(tenant, counters.value(tenant))
+        self._hidden.clear()
 
     def pop(self, counters: FairCounters) -> Entry | None:
         while self._order:
@@ -127,7 +145,7 @@ class _Lane:
                 continue
             entry = heapq.heappop(heap) if heap else None
             if not heap:
-                self.hide(tenant)
+                self.drop(tenant)
             if entry is not None:
                 return entry
         return None
@@ -145,23 +163,25 @@ class FairQueue:
         self._window = share_window_s
         self._served = dict.fromkeys((c.name for c in ranked), 0.0)  # tokens, decayed over the window
         self._served_at = 0.0
-        self._class_depth = {c.name: Depth() for c in ranked}
+        self._class_depth = {c.name: _Tally() for c in ranked}
         self._ranks = {c.name: c.rank for c in ranked}
-        self._tenant_depth: dict[str, Depth] = {}
+        self._tenant_depth: dict[str, _Tally] = {}
         self._parked: dict[RequestKey, Entry] = {}
         self._set_aside: list[Entry] = []
         self._last_floor = 0.0
+        self._size = 0
 
     def __len__(self) -> int:
-        return sum(depth.requests for depth in self._class_depth.values())
+        return self._size
 
     # --- in and out -------------------------------------------------------------------------------------------------
 
     def add(self, entry: Entry) -> None:
         tenant = entry.request.tenant
+        self._size += 1
         if tenant not in self._tenant_depth:
             self._counters.lift(tenant, self._floor())
-            self._tenant_depth[tenant] = Depth()
+            self._tenant_depth[tenant] = _Tally()
         self._tenant_depth[tenant].add(entry)
         self._class_depth[entry.request_class.name].add(entry)
         lane = self._lane(entry)
@@ -173,6 +193,7 @@ class FairQueue:
         if not entry.queued:
             return
         entry.queued = False
+        self._size -= 1
         tenant = entry.request.tenant
         self._last_floor = max(self._last_floor, self._counters.value(tenant))
         depth = self._tenant_depth[tenant]
@@ -194,14 +215,15 @@ class FairQueue:
 
     def restore(self, entries: Iterable[Entry]) -> None:
         """Gives back what ``pop`` took out and nobody removed or parked, and whatever was set aside."""
-        for entry in (*entries, *self._set_aside):
+        for lane in self._lanes.values():
+            lane.unhide(self._counters)
+        for entry in entries:
             if entry.queued and entry.request.key not in self._parked:
                 self._lane(entry).push(entry, self._counters.value(entry.request.tenant))
-        self._set_aside.clear()
 
     def set_aside(self, entry: Entry) -> None:
         """Hides the other entries of the same tenant and class until ``restore``."""
-        self._set_aside += self._lane(entry).hide(entry.request.tenant)
+        self._lane(entry).hide(entry.request.tenant)
 
     def park(self, entry: Entry) -> None:
         """A popped entry that no worker of the fleet as it is can take: out of the way until ``unpark``."""
@@ -218,11 +240,9 @@ class FairQueue:
 
     def demote(self, entry: Entry) -> None:
         """A popped entry that is late from now on runs behind the rest of its class."""
-        lane = self._lane(entry)
-        lane.waiting -= 1
+        self._lane(entry).waiting -= 1
         entry.late = True
-        lane = self._lane(entry)
-        lane.waiting += 1
+        self._lane(entry).waiting += 1
 
     def charge(self, tenant: str, tokens: float) -> None:
         """Service to a tenant; negative = refund."""
@@ -241,18 +261,18 @@ class FairQueue:
     def _lane(self, entry: Entry) -> _Lane:
         return self._lanes[entry.request_class.name, entry.late]
 
-    def owed(self, name: str, share: float, now: float) -> bool:
-        """Whether this class has had less than ``share`` of what was served lately."""
-        if share <= 0.0:
+    def owed(self, request_class: RequestClass, now: float) -> bool:
+        """Whether this class has had less than its guaranteed share of what was served lately."""
+        if request_class.min_share <= 0.0:
             return False
         self._decay(now)
-        return self._served[name] < share * sum(self._served.values())
+        return self._served[request_class.name] < request_class.min_share * sum(self._served.values())
 
     def _by_urgency(self, now: float) -> list[_Lane]:
         waiting = [lane for lane in self._lanes.values() if lane.waiting]
         if len(waiting) < 2:
             return waiting
-        owed = [q for q in waiting if self.owed(q.request_class.name, q.request_class.min_share, now)]
+        owed = [q for q in waiting if not q.late and self.owed(q.request_class, now)]
         foreground = [q for q in waiting if not q.request_class.background]
         return owed + [q for q in (foreground or waiting) if q not in owed]
 
@@ -284,6 +304,17 @@ class FairQueue:
     def tokens_of(self, tenant: str) -> int:
         depth = self._tenant_depth.get(tenant)
         return depth.tokens if depth else 0
+
+    def share_of(self, tenant: str) -> float:
+        """Of the service, while all who wait now go on waiting."""
+        weight = self._counters.weight(tenant)
+        others = sum(self._counters.weight(name) for name in self._tenant_depth if name != tenant)
+        return weight / (weight + others)
+
+    @property
+    def parked(self) -> Iterable[Entry]:
+        """In the order in which they were parked."""
+        return self._parked.values()
 
     def waiting_tenants(self) -> Iterable[str]:
         return self._tenant_depth.keys()

@@ -38,10 +38,23 @@ def deadline_s(request: Request, request_class: RequestClass) -> float:
 
 
 def targets(
-    request: Request, request_class: RequestClass, policy: Policy, idle_prefill_s: float, idle_step_s: float
+    request: Request,
+    request_class: RequestClass,
+    policy: Policy,
+    idle_prefill_s: float,
+    idle_step_s: float,
+    late: bool = False,
 ) -> Targets:
-    """``idle_prefill_s``, ``idle_step_s``: the best that an idle fleet could do for this request, inflated."""
+    """``idle_prefill_s``, ``idle_step_s``: the best that an idle fleet could do for this request, inflated.
+
+    ``late``: its SLO is lost already; ``idle_prefill_s`` then includes what it has waited, and the stretched target
+    keeps it from pushing others aside.
+    """
     slo = ttft_slo_s(request, request_class)
-    ttft = slo if slo is not None else max(request_class.ordering_deadline_s, policy.target_slack * idle_prefill_s)
+    feasible = policy.target_slack * idle_prefill_s
+    if slo is None:
+        ttft = max(request_class.ordering_deadline_s, feasible)
+    else:
+        ttft = max(slo, feasible) if late else slo
     tpot = request_class.tpot_slo_s or max(policy.default_tpot_s, policy.target_slack * idle_step_s)
     return Targets(max(ttft, 1e-3), tpot, slo is not None)

@@ -1,0 +1,36 @@
+"""What a request is expected to take, before anyone knows: output lengths by class, learnt from what has ended."""
+
+from __future__ import annotations
+
+from tandem.core.policy import Policy
+from tandem.core.types import Request
+
+
+class OutputLengths:
+    """Mean output length of each class and its mean absolute deviation, with exponential memory."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._start = float(policy.default_osl_tokens)
+        self._weight = policy.osl_memory
+        self._seen: dict[str, int] = {}
+        self._mean: dict[str, float] = {}
+        self._deviation: dict[str, float] = {}
+
+    def learn(self, name: str, tokens: int) -> None:
+        seen = self._seen.get(name, 0) + 1
+        # The first ones weigh more, so that the built-in start is soon forgotten.
+        weight = max(self._weight, 1.0 / (seen + 1))
+        mean = self._mean.get(name, self._start)
+        deviation = self._deviation.get(name, 0.0)
+        self._deviation[name] = deviation + weight * (abs(tokens - mean) - deviation)
+        self._mean[name] = mean + weight * (tokens - mean)
+        self._seen[name] = seen
+
+    def expected(self, name: str, request: Request) -> float:
+        """Tokens, at least 1 and at most what the request allows."""
+        return max(1.0, min(float(request.max_osl_tokens), self._mean.get(name, self._start)))
+
+    def generous(self, name: str, request: Request) -> int:
+        """What to reserve room for: longer than most, at most what the request allows."""
+        length = self._mean.get(name, self._start) + 2.0 * self._deviation.get(name, 0.0)
+        return max(1, min(request.max_osl_tokens, int(length)))

@@ -1,0 +1,185 @@
+"""The workers of one model: who may be given work, who has credit, who is held for whom. Decides nothing.
+
+*Usable* workers are neither draining nor silent. A worker has *credit* while its predicted pending prefill is below
+``Policy.credit_s``; the set of those is kept up to date by event and by a heap of the times at which the others will
+have it, so that asking costs nothing per worker. Workers are listed in the order of their ids: decisions do not
+depend on who registered first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+
+from tandem.core.accounting import WorkerView
+from tandem.core.perf_model import PerfModel
+from tandem.core.placement import suffix_context
+from tandem.core.policy import Policy
+from tandem.core.profiles import profile_named
+from tandem.core.types import Request, RequestKey, Role, WorkerLoad, WorkerSpec
+
+#: Prompt length at which workers are compared for speed, tokens.
+_REFERENCE_TOKENS = 1024
+
+
+class Fleet:
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.views: dict[str, WorkerView] = {}
+        self.ordered: list[WorkerView] = []
+        self.decoders: list[WorkerView] = []  # usable ones
+        self.prefillers: list[WorkerView] = []  # usable ones
+        self.set_aside: tuple[tuple[str, str], ...] = ()  # (worker id, why it is not usable)
+        self.generation = 0  # rises when the set of usable workers, or a role, changes
+        self.reserved: dict[str, RequestKey] = {}  # decode worker -> who waits for room on it
+        self.openings = 0  # times that a worker got credit
+        self._open: set[str] = set()  # has credit, by the last look
+        self._dirty: set[str] = set()  # has changed since
+        self._credit_times: list[tuple[float, str]] = []
+        self._fastest_prefill: WorkerView | None = None
+        self._fastest_decode: WorkerView | None = None
+        self._reports = 0
+
+    # --- membership -------------------------------------------------------------------------------------------------
+
+    def up(self, spec: WorkerSpec) -> WorkerView | None:
+        """Adds or updates a worker. Returns the view of the incarnation that this one replaces, if any."""
+        known = self.views.get(spec.id)
+        if known is not None and known.spec.address.incarnation == spec.address.incarnation:
+            known.update(spec)
+            self._changed()
+            return None
+        perf = PerfModel(profile_named(spec.perf_profile))
+        sibling = self._sibling(spec)
+        if sibling is not None:
+            perf.adopt(sibling.perf.state())
+        if known is not None:
+            self.remove(known)
+        self.views[spec.id] = WorkerView(spec, perf, self._policy.report_lag_s)
+        self._changed()
+        return known
+
+    def remove(self, view: WorkerView) -> None:
+        del self.views[view.id]
+        self._open.discard(view.id)
+        self._changed()
+
+    def suspect(self, worker: str, suspect: bool) -> None:
+        view = self.views.get(worker)
+        if view is not None and view.suspect != suspect:
+            view.suspect = suspect
+            self._changed()
+
+    def find(self, worker: str, incarnation: int) -> WorkerView | None:
+        view = self.views.get(worker)
+        return view if view is not None and view.spec.address.incarnation == incarnation else None
+
+    def report(self, view: WorkerView, load: WorkerLoad, now: float) -> None:
+        before = (view.draining, view.role)
+        view.report(load, now)
+        if self._policy.learn and load.steps:
+            every = -(-len(load.steps) // max(1, self._policy.learn_steps_per_report))
+            view.learn(load.steps[::every])
+        self._dirty.add(view.id)
+        self._reports += 1
+        if (view.draining, view.role) != before:
+            self._changed()
+        elif self._reports >= 16 * len(self.views):
+            self._rank()
+
+    def _changed(self) -> None:
+        self.generation += 1
+        self.ordered = [self.views[worker] for worker in sorted(self.views)]
+        usable = [view for view in self.ordered if view.usable]
+        self.decoders = [view for view in usable if view.role is Role.DECODE]
+        self.prefillers = [view for view in usable if view.role is Role.PREFILL]
+        self.set_aside = tuple((v.id, "draining" if v.draining else "silent") for v in self.ordered if not v.usable)
+        held = {view.id for view in self.decoders}
+        self.reserved = {worker: key for worker, key in self.reserved.items() if worker in held}
+        self._dirty.update(self.views)
+        self._rank()
+
+    def _rank(self) -> None:
+        """Finds the fastest workers again: what they learn shifts slowly."""
+        self._reports = 0
+        context = suffix_context(_REFERENCE_TOKENS, 0)
+        self._fastest_prefill = min(
+            self.decoders + self.prefillers,
+            key=lambda v: v.perf.prefill_s(_REFERENCE_TOKENS, context, v.spec.max_batched_tokens),
+            default=None,
+        )
+        self._fastest_decode = min(
+            self.decoders, key=lambda v: v.perf.decode_step_s(1, _REFERENCE_TOKENS), default=None
+        )
+
+    def _sibling(self, spec: WorkerSpec) -> WorkerView | None:
+        """The worker of the same kind that has learnt most."""
+        kind = (spec.perf_profile, spec.pool, spec.max_batched_tokens)
+        alike = (v for v in self.ordered if (v.spec.perf_profile, v.spec.pool, v.spec.max_batched_tokens) == kind)
+        return max(alike, key=lambda v: v.perf.observations, default=None)
+
+    # --- credit -----------------------------------------------------------------------------------------------------
+
+    def touch(self, view: WorkerView) -> None:
+        """Its accounting has changed."""
+        self._dirty.add(view.id)
+
+    def anyone_open(self, now: float) -> bool:
+        """Whether any usable worker has credit."""
+        while self._credit_times and self._credit_times[0][0] <= now:
+            self._dirty.add(heapq.heappop(self._credit_times)[1])
+        if self._dirty:
+            for worker in sorted(self._dirty):
+                self._look(worker, now)
+            self._dirty.clear()
+        return bool(self._open)
+
+    def next_credit(self) -> float | None:
+        """When the next worker is expected to have credit that has none now."""
+        return self._credit_times[0][0] if self._credit_times else None
+
+    def _look(self, worker: str, now: float) -> None:
+        view = self.views.get(worker)
+        if view is None or not view.usable:
+            self._open.discard(worker)
+            return
+        missing = self._policy.inflation * view.reading(now).pending_s - self._policy.credit_s
+        if missing < 0.0:
+            if worker not in self._open:
+                self.openings += 1
+            self._open.add(worker)
+        else:
+            self._open.discard(worker)
+            heapq.heappush(self._credit_times, (now + max(missing, 1e-3), worker))
+
+    # --- reservations -----------------------------------------------------------------------------------------------
+
+    def reserve(self, worker: str, key: RequestKey) -> None:
+        self.reserved[worker] = key
+
+    def release_reservation(self, key: RequestKey) -> None:
+        for worker in [w for w, k in self.reserved.items() if k == key]:
+            del self.reserved[worker]
+
+    # --- what an idle fleet could do --------------------------------------------------------------------------------
+
+    def idle_prefill_s(self, request: Request, cached: Mapping[str, int]) -> float:
+        """Inflated seconds of the prompt on the fastest worker, or on the one that has most of it; 0 = no workers."""
+        looked = [self._fastest_prefill] if self._fastest_prefill is not None else []
+        if cached:
+            most = self.views.get(max(cached, key=lambda worker: (cached[worker], worker)))
+            if most is not None and most.usable:
+                looked.append(most)
+        isl = request.isl_tokens
+        best = 0.0
+        for view in looked:
+            held = min(cached.get(view.id, 0), isl - 1)
+            seconds = view.perf.prefill_s(isl - held, suffix_context(isl, held), view.spec.max_batched_tokens)
+            best = seconds if not best else min(best, seconds)
+        return self._policy.inflation * best
+
+    def idle_step_s(self, isl_tokens: int) -> float:
+        """Inflated seconds of a decode step with this request alone; 0 = no workers."""
+        if self._fastest_decode is None:
+            return 0.0
+        return self._policy.inflation * self._fastest_decode.perf.decode_step_s(1, isl_tokens)
