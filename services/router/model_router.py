@@ -261,8 +261,8 @@ class ModelRouter:
 
     def _deposed(self) -> None:
         """What waits here goes to the next leader; what runs goes on."""
-        for key in self.scheduler.withdraw_queue(self._now()):
-            self._refuse(key, NoLeader(f"{self._router} does not lead {self.model} any more"))
+        for key in self.scheduler.queued():
+            self._fail(key, NoLeader(f"{self._router} does not lead {self.model} any more"))
 
     async def _save_counters(self) -> None:
         saved: Mapping[str, float] = {}
