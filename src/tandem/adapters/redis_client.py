@@ -14,13 +14,14 @@ from importlib import resources
 from typing import Any
 
 import redis.exceptions as redis_errors
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from tandem.errors import ConfigError, InternalError, StoreUnavailable
 
 Argument = str | bytes | int | float
+_MAX_CONNECTIONS = 16
 #: Of the error replies, those that say that the server cannot serve now.
 _AWAY = (
     redis_errors.ConnectionError,  # BUSYLOADING, MAXCLIENTS and authentication among them
@@ -51,15 +52,19 @@ class RedisClient:
 
     def __init__(self, url: str, *, timeout_s: float) -> None:
         try:
+            # A call holds a connection until its reply is there; more calls than connections wait their turn.
             # One attempt more, at once: a connection of the pool may have died with an earlier server.
             # RESP2: replies come in one shape from every server, and no invalidation or maintenance pushes.
-            self._redis = Redis.from_url(
+            pool = BlockingConnectionPool.from_url(
                 url,
+                max_connections=_MAX_CONNECTIONS,
+                timeout=None,
                 protocol=2,
                 socket_connect_timeout=timeout_s,
                 socket_timeout=None,
                 retry=Retry(NoBackoff(), 1, supported_errors=(redis_errors.ConnectionError,)),
             )
+            self._redis = Redis.from_pool(pool)
         except ValueError as error:
             raise ConfigError(f"not a Redis URL: {error}", param="url") from None
         self._timeout_s = timeout_s

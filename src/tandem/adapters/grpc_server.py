@@ -1,0 +1,76 @@
+"""gRPC servers and channels, set up the same way everywhere: health per service, reflection, limits, keep-alive."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tandem.errors import ConfigError
+
+_MAX_MESSAGE_BYTES = 32 << 20
+_COMMON = (
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+_SERVER = (
+    *_COMMON,
+    ("grpc.so_reuseport", 0),  # else a second process on the same port steals half of the calls
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+_CHANNEL = (
+    *_COMMON,
+    ("grpc.enable_http_proxy", 0),  # control traffic stays in the cluster
+    ("grpc.use_local_subchannel_pool", 1),  # a restarted peer does not inherit its predecessor's back-off
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+_STATUS = health_pb2.HealthCheckResponse
+
+
+class GrpcServer:
+    """Bound when it is made, so that ``port`` is known; add the servicers to ``server``, then ``start``."""
+
+    def __init__(self, host: str, port: int = 0, *, credentials: grpc.ServerCredentials | None = None) -> None:
+        """``port`` 0 = any free one. ConfigError when it is taken."""
+        self.server = grpc.aio.server(options=_SERVER)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        try:
+            if credentials is None:
+                self.port = self.server.add_insecure_port(address)
+            else:
+                self.port = self.server.add_secure_port(address, credentials)
+        except RuntimeError:
+            raise ConfigError(f"gRPC cannot listen on {address}: is the port taken?", param="grpc_port") from None
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # not in the stubs
+        self._services: tuple[str, ...] = ()
+
+    async def start(self, *services: str) -> None:
+        """``services``: full names, for health and reflection. All of them are SERVING from now on."""
+        self._services = services
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.server)
+        await self.set_serving(True)
+        await self.server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health checks hear, of the server as a whole and of each service."""
+        for service in ("", *self._services):
+            await self._health.set(service, _STATUS.SERVING if serving else _STATUS.NOT_SERVING)
+
+    async def stop(self, grace_s: float = 2.0) -> None:
+        """Not serving and no new calls from now on; those that run have ``grace_s``, then they are cancelled."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+def open_channel(address: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """Connects on the first call and again whenever it must. Every call needs a ``timeout`` of its own."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL)
+    return grpc.aio.secure_channel(address, credentials, options=_CHANNEL)

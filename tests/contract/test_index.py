@@ -1,0 +1,236 @@
+"""The prefix index: in-memory twin and real Redis, against each other's contract and a brute-force model."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from array import array
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tandem.adapters.embedded import RedisServer
+from tandem.adapters.redis_client import connect
+from tandem.adapters.redis_store import MAX_SLOTS, RedisPrefixIndex, RedisRegistry
+from tandem.core.blocks import root_hash, sequence_hashes, token_bytes
+from tandem.core.types import WorkerSpec
+
+from .stores import MODEL, RedisWorld, World, open_world, spec
+
+TTL_S = 60.0
+
+
+def chain(*tokens: int) -> list[int]:
+    """Sequence hashes of a prompt of one-token blocks."""
+    return list(sequence_hashes(token_bytes(tokens), 1, root_hash(MODEL)))
+
+
+def packed(hashes: Sequence[int]) -> bytes:
+    return array("Q", hashes).tobytes()
+
+
+@pytest.fixture(params=["memory", "redis"])
+async def world(request: pytest.FixtureRequest, redis_server: RedisServer) -> AsyncIterator[World]:
+    made = await open_world(request.param, server=redis_server)
+    yield made
+    await made.close()
+
+
+async def join(world: World, worker: str = "w1", incarnation: int = 1) -> WorkerSpec:
+    return await world.registry.register(spec(worker, incarnation), ttl_s=TTL_S)
+
+
+async def test_depth_per_worker(world: World) -> None:
+    w1, w2, w3 = [await join(world, f"w{i}") for i in range(3)]
+    prompt = chain(*range(100))
+    assert await world.index.lookup(MODEL, packed(prompt)) == {}
+    assert await world.index.update(w1, add=prompt[:1], remove=[])
+    assert await world.index.update(w2, add=prompt, remove=[])
+    assert await world.index.update(w3, add=prompt[:37] + chain(0, 1, 2, 99, 98)[3:], remove=[])
+    assert await world.index.lookup(MODEL, packed(prompt)) == {w1.slot: 1, w2.slot: 100, w3.slot: 37}
+    assert await world.index.lookup(MODEL, packed(prompt[:36])) == {w1.slot: 1, w2.slot: 36, w3.slot: 36}
+    assert await world.index.lookup(MODEL, packed(chain(0, 1, 2, 99, 98, 97))) == {w1.slot: 1, w2.slot: 3, w3.slot: 5}
+    assert await world.index.lookup(MODEL, packed(chain(7, 8))) == {}
+    assert await world.index.lookup(MODEL, b"") == {}
+    assert await world.index.lookup("other", packed(prompt)) == {}
+    assert await world.index.size(MODEL) == 102
+    assert await world.index.size("other") == 0
+
+
+async def test_update_removes_and_adds_and_repeats_do_nothing(world: World) -> None:
+    w1, w2 = await join(world, "w1"), await join(world, "w2")
+    prompt = chain(*range(10))
+    for _ in range(2):
+        assert await world.index.update(w1, add=prompt, remove=[])
+        assert await world.index.update(w2, add=prompt, remove=[])
+    assert await world.index.size(MODEL) == 10
+    for _ in range(2):
+        assert await world.index.update(w1, add=[], remove=prompt[:3:-1])
+    assert await world.index.lookup(MODEL, packed(prompt)) == {w1.slot: 4, w2.slot: 10}
+    assert await world.index.size(MODEL) == 10
+    assert await world.index.update(w2, add=prompt[4:6], remove=prompt[:3:-1])
+    assert await world.index.lookup(MODEL, packed(prompt)) == {w1.slot: 4, w2.slot: 6}
+    assert await world.index.size(MODEL) == 6
+    assert await world.index.update(w1, add=[], remove=[])
+
+
+async def test_batches_of_any_length(world: World) -> None:
+    w1 = await join(world)
+    prompt = chain(*range(3000))
+    assert await world.index.update(w1, add=prompt, remove=[])
+    assert await world.index.lookup(MODEL, packed(prompt)) == {w1.slot: 3000}
+    assert await world.index.update(w1, add=[], remove=prompt[:999:-1])
+    assert await world.index.lookup(MODEL, packed(prompt)) == {w1.slot: 1000}
+
+
+async def test_restarted_worker_starts_with_nothing_and_the_old_one_can_write_no_more(world: World) -> None:
+    old = await join(world, incarnation=1)
+    prompt = chain(1, 2, 3)
+    await world.index.update(old, add=prompt, remove=[])
+    new = await join(world, incarnation=2)
+    assert await world.index.lookup(MODEL, packed(prompt)) == {}  # masked at once, swept or not
+    assert not await world.index.update(old, add=prompt, remove=[])
+    assert await world.index.update(new, add=prompt[:1], remove=[])
+    assert await world.index.lookup(MODEL, packed(prompt)) == {new.slot: 1}
+    await world.index.drop(old)  # says nothing, does nothing
+    assert await world.index.lookup(MODEL, packed(prompt)) == {new.slot: 1}
+    await world.settle()
+    assert await world.index.lookup(MODEL, packed(prompt)) == {new.slot: 1}
+    assert await world.index.size(MODEL) == 1
+
+
+async def test_a_slot_comes_back_clean(world: World) -> None:
+    """Slot 0 goes from worker to worker; none inherits a bit."""
+    keeper = await world.registry.register(spec("keeper"), ttl_s=TTL_S)
+    await world.index.update(keeper, add=chain(0, 1), remove=[])
+    for i in range(5):
+        worker = await join(world, f"w{i}")
+        assert worker.slot == 1
+        assert await world.index.lookup(MODEL, packed(chain(*range(20)))) == {keeper.slot: 2}
+        await world.index.update(worker, add=chain(*range(10 + i)), remove=[])
+        assert (await world.index.lookup(MODEL, packed(chain(*range(20)))))[worker.slot] == 10 + i
+        await world.registry.deregister(worker)
+        await world.settle()
+    assert await world.index.size(MODEL) == 2
+
+
+async def test_drop_empties_one_worker_and_it_goes_on(world: World) -> None:
+    w1, w2 = await join(world, "w1"), await join(world, "w2")
+    prompt = chain(*range(50))
+    await world.index.update(w1, add=prompt, remove=[])
+    await world.index.update(w2, add=prompt[:20], remove=[])
+    await world.index.drop(w1)
+    assert await world.index.lookup(MODEL, packed(prompt)) == {w2.slot: 20}
+    assert await world.index.size(MODEL) == 20
+    assert await world.index.update(w1, add=prompt[:5], remove=[])
+    assert await world.index.lookup(MODEL, packed(prompt)) == {w1.slot: 5, w2.slot: 20}
+
+
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_lookups_are_those_of_brute_force(kind: str, redis_server: RedisServer, data: st.DataObject) -> None:
+    """Any prefix-closed sets on any slots: depth = number of leading blocks held."""
+    slots = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=8, unique=True))
+    prompts = data.draw(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=6))
+    held = {
+        slot: {h for p in data.draw(st.lists(st.sampled_from(prompts), max_size=3)) for h in chain(*p)}
+        for slot in slots
+    }
+    gone = {slot: data.draw(st.booleans()) for slot in slots}
+
+    async def run() -> None:
+        world = await open_world(kind, max_slots=41, server=redis_server)
+        specs = [await join(world, f"w{i}") for i in range(41)]
+        for slot, hashes in held.items():
+            await world.index.update(specs[slot], add=sorted(hashes), remove=[])
+            if gone[slot]:
+                await world.registry.deregister(specs[slot])
+        for prompt in prompts:
+            hashes = chain(*prompt)
+            expected = {
+                slot: depth
+                for slot in slots
+                if not gone[slot]
+                and (depth := next((i for i, h in enumerate(hashes) if h not in held[slot]), len(hashes)))
+            }
+            assert await world.index.lookup(MODEL, packed(hashes)) == expected
+        await world.settle()
+        living = {h for slot in slots if not gone[slot] for h in held[slot]}
+        assert await world.index.size(MODEL) == len(living)
+        await world.close()
+
+    asyncio.run(run())
+
+
+# --- Redis only
+
+
+async def test_all_512_slots_in_one_lookup(redis_server: RedisServer) -> None:
+    world = await RedisWorld(MAX_SLOTS, server=redis_server).open()
+    specs = await asyncio.gather(*(join(world, f"w{i}") for i in range(MAX_SLOTS)))
+    prompt = chain(*range(64))
+    rng = random.Random(1)
+    depths = {s.slot: rng.randrange(65) for s in specs}
+    await asyncio.gather(*(world.index.update(s, add=prompt[: depths[s.slot]], remove=[]) for s in specs))
+    found = await world.index.lookup(MODEL, packed(prompt))
+    assert found == {slot: depth for slot, depth in depths.items() if depth}
+    await world.close()
+
+
+async def test_a_sweep_is_shared_and_its_slots_wait_for_its_end(redis_server: RedisServer, cluster: str) -> None:
+    client = await connect(redis_server.url)
+    registry, index = RedisRegistry(client, cluster, max_slots=2), RedisPrefixIndex(client, cluster)
+    other = RedisPrefixIndex(client, cluster)
+    a = await registry.register(spec("a"), ttl_s=TTL_S)
+    await index.update(a, add=chain(*range(2000)), remove=[])
+    await registry.deregister(a)
+    steps = 0
+    while await (index, other)[steps % 2].sweep(MODEL):
+        b = await registry.register(spec("b", 1), ttl_s=TTL_S)
+        assert b.slot == 1  # never slot 0 before the round is over
+        steps += 1
+    assert steps > 10
+    assert await index.size(MODEL) == 0
+    assert (await registry.register(spec("c"), ttl_s=TTL_S)).slot == 0
+    await client.aclose()
+
+
+async def test_registration_starts_the_sweep_by_itself(redis_server: RedisServer, cluster: str) -> None:
+    client = await connect(redis_server.url)
+    registry, index = RedisRegistry(client, cluster), RedisPrefixIndex(client, cluster)
+    first = await registry.register(spec(incarnation=1), ttl_s=TTL_S)
+    await index.update(first, add=chain(1, 2, 3), remove=[])
+    await registry.register(spec(incarnation=2), ttl_s=TTL_S)
+    async with asyncio.timeout(30):
+        while await index.size(MODEL):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await client.aclose()
+
+
+async def test_a_drop_cut_short_leaves_the_slot_masked_until_it_is_dropped_or_registered_again(
+    redis_server: RedisServer, cluster: str
+) -> None:
+    client = await connect(redis_server.url)
+    registry, index = RedisRegistry(client, cluster), RedisPrefixIndex(client, cluster)
+    mine = await registry.register(spec(), ttl_s=TTL_S)
+    prompt = chain(*range(2000))
+    for again in ("drop", "register"):
+        await index.update(mine, add=prompt, remove=[])
+        dropping = asyncio.create_task(index.drop(mine))
+        async with asyncio.timeout(30):
+            while await index.lookup(MODEL, packed(prompt[:1])):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        dropping.cancel()
+        await asyncio.wait([dropping])
+        assert await index.lookup(MODEL, packed(prompt)) == {}
+        assert not await index.update(mine, add=prompt, remove=[])
+        if again == "drop":
+            await index.drop(mine)
+        else:
+            mine = await registry.register(spec(), ttl_s=TTL_S)
+        assert await index.update(mine, add=prompt[:7], remove=[])
+        assert await index.lookup(MODEL, packed(prompt)) == {mine.slot: 7}
+    await client.aclose()
