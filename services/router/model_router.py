@@ -22,9 +22,18 @@ from tandem.adapters.bus import Bus, Message
 from tandem.adapters.deployment import Liveness
 from tandem.adapters.grpc_server import open_channel
 from tandem.adapters.store import Counters, Leases, PrefixIndex, Registry
-from tandem.core.scheduler import Place, Refuse, Scheduler
+from tandem.core.effects import Place, Recall, Refuse
+from tandem.core.scheduler import Scheduler
 from tandem.core.types import Explanation, Leg, Request, RequestKey, WorkerSpec
-from tandem.errors import BusUnavailable, NoLeader, PayloadTooLarge, StoreUnavailable, TandemError, WorkerLostError
+from tandem.errors import (
+    BusUnavailable,
+    NoLeader,
+    PayloadTooLarge,
+    Refused,
+    StoreUnavailable,
+    TandemError,
+    WorkerLostError,
+)
 from tandem.v1 import bus_pb2, types_pb2, worker_pb2, worker_pb2_grpc
 from tandem.wire import codec, subjects
 
@@ -287,6 +296,8 @@ class ModelRouter:
                         self._place(effect)
                     case Refuse():
                         self._refuse(effect.request.key, effect.error)
+                    case Recall():
+                        self._recall(effect.request.key)
         if self._wakeup is not None:
             self._wakeup.cancel()
             self._wakeup = None
@@ -318,6 +329,12 @@ class ModelRouter:
     @property
     def _bounce_name(self) -> str:
         return f"{self._router}/{self.model}"
+
+    def _recall(self, key: RequestKey) -> None:
+        """Background work makes way: its workers stop it, its frontend submits it again."""
+        abort = bus_pb2.Abort(id=key.id, max_attempt=key.attempt, choice=key.choice)
+        self._publish(subjects.aborts(self._cluster, self.model), abort.SerializeToString(), "")
+        self._refuse(key, Refused("background work made way for a request that could not wait"))
 
     def _refuse(self, key: RequestKey, error: TandemError) -> None:
         submitted = self._submitted.pop(key, None)
