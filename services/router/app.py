@@ -64,7 +64,7 @@ async def run(settings: RouterSettings) -> None:
 
 
 async def _until_terminated(routers: dict[str, ModelRouter], deployment_file: str) -> None:
-    """A crash in any model's loops ends the process. SIGHUP reads policy, classes and tenants anew."""
+    """A crash in any model's loops ends the process. SIGHUP reads the policy anew."""
     leave = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,7 +86,7 @@ def _reload(routers: dict[str, ModelRouter], deployment_file: str) -> None:
         log.error("deployment file not reloaded: %s", error.message)
         return
     for router in routers.values():
-        router.scheduler.reconfigure(policy, classes=_classes(deployment), tenants=_tenants(deployment))
+        router.scheduler.reconfigure(policy)
     log.info("reloaded: %s", policy)
 
 

@@ -42,6 +42,9 @@ class Fleet:
 
     # --- membership -------------------------------------------------------------------------------------------------
 
+    def reconfigure(self, policy: Policy) -> None:
+        self._policy = policy
+
     def up(self, spec: WorkerSpec) -> WorkerView | None:
         """Adds or updates a worker. Returns the view of the incarnation that this one replaces, if any."""
         known = self.views.get(spec.id)

@@ -78,6 +78,12 @@ class Scheduler:
         self._stirred = False  # something has happened since the last fruitless scan
         self._retry_at: float | None = None  # time alone may make a scan fruitful then
 
+    def reconfigure(self, policy: Policy) -> None:
+        """New knobs for what is decided from now on. Classes, tenants and what has been learnt stay."""
+        self.policy = policy
+        self._fleet.reconfigure(policy)
+        self._stirred = True
+
     # --- workers ----------------------------------------------------------------------------------------------------
 
     def worker_up(self, spec: WorkerSpec, now: float) -> list[RequestKey]:
