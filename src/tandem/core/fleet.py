@@ -40,10 +40,10 @@ class Fleet:
         self._fastest_decode: WorkerView | None = None
         self._reports = 0
 
-    # --- membership -------------------------------------------------------------------------------------------------
-
     def reconfigure(self, policy: Policy) -> None:
         self._policy = policy
+
+    # --- membership -------------------------------------------------------------------------------------------------
 
     def up(self, spec: WorkerSpec) -> WorkerView | None:
         """Adds or updates a worker. Returns the view of the incarnation that this one replaces, if any."""
