@@ -53,10 +53,11 @@ class _Windowed(Detokenizer):
     """For tokenizers whose text of a token depends on its neighbours (SentencePiece's leading space).
 
     Decodes a short window twice, with and without what is new: the difference is the new text. The window starts
-    at a place where text was complete, so its cost does not grow with the output.
+    at a place where text was complete, so its cost does not grow with the output. Bytes that never become a character
+    may come out otherwise than from all tokens at once: such a decoder then rewrites the whole run of bytes.
     """
 
-    __slots__ = ("_emitted", "_ids", "_read", "_skipped", "_start", "_tokenizer")
+    __slots__ = ("_ids", "_read", "_skipped", "_start", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
