@@ -107,7 +107,10 @@ class Execution:
         self._spawn(self._pull(running, message.prefill, kv))
 
     def repair(self, message: bus_pb2.Repair) -> None:
-        """Tokens from ``from_seq`` on, and the finish if there was one. A request handed over is asked of its new holder."""
+        """Tokens from ``from_seq`` on, and the finish if there was one. A request handed over is asked of its new holder.
+
+        Always answered: ``placed`` alone tells a frontend that asks during a long prefill that the request is alive.
+        """
         running = self._table.get(codec.key_from_wire(message.key))
         if running is None:
             error = UnknownRequest(f"worker {self._worker} does not know this request")
@@ -116,6 +119,7 @@ class Execution:
             forward = bus_pb2.WorkerMessage(repair=message)
             self._send(running.peer, forward, about=f"r:{message.rid}:{message.frontend}")
         else:
+            self._outbox.placed(message.frontend, message.rid, running.leg)
             if len(running.tokens) > message.from_seq:
                 self._outbox.tokens(message.frontend, message.rid, message.from_seq, running.tokens[message.from_seq :])
             if running.finish is not None:
