@@ -53,8 +53,8 @@ def _is_local(path: str) -> bool:
 
 def _tandem() -> str:
     """How this program is called from here."""
-    ours = Path(sys.argv[0])
+    ours = Path(sys.executable).with_name("tandem")
     found = shutil.which("tandem")
     if found is not None and ours.exists() and Path(found).samefile(ours):
         return "tandem"
-    return os.path.relpath(ours) if _is_local(str(ours.absolute())) else str(ours)
+    return os.path.relpath(ours) if _is_local(str(ours)) else str(ours)

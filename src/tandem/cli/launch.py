@@ -15,6 +15,15 @@ from tandem.adapters.processes import Launch, OutputPipe, Process
 from tandem.engine.launcher import ForkLauncher
 from tandem.errors import EngineFailed, StartFailed
 
+#: vLLM and what it brings say a hundred lines at each start, of which none is for people who start a cluster. Errors
+#: stay. Whatever of this the user's environment sets wins.
+QUIET_ENGINE = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "NIXL_LOG_LEVEL": "WARN",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+}
+
 
 class _ForkedProcess:
     def __init__(self, pid: int, exited: asyncio.Future[int]) -> None:

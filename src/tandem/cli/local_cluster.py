@@ -19,7 +19,7 @@ from tandem.adapters.processes import run_directly
 from tandem.adapters.readiness import Probe, grpc_serving, http_ok
 from tandem.adapters.supervision import Child, ProcessSpec, RestartPolicy, State, Supervisor
 from tandem.cli.cluster import LOOPBACK, Kind, Service, Surroundings, services_of
-from tandem.cli.launch import ForkedWorkers
+from tandem.cli.launch import QUIET_ENGINE, ForkedWorkers
 from tandem.cli.rundir import DEPLOYMENT, ClusterState, ProcessState, RunDir
 
 _SERVER_START_S = 10.0
@@ -80,7 +80,8 @@ class LocalCluster:
         )
         self.services = {service.name: service for service in services_of(deployment, self._around)}
         self._supervisor = Supervisor(on_line=self._show, on_news=self._news, policy=policy)
-        self._forked = ForkedWorkers(env=sources.env, on_line=lambda line: on_line("engine", line))
+        self._engine_env = sources.env if sources.log_level == "DEBUG" else {**QUIET_ENGINE, **sources.env}
+        self._forked = ForkedWorkers(env=self._engine_env, on_line=lambda line: on_line("engine", line))
 
     @property
     def names(self) -> list[str]:
@@ -164,7 +165,7 @@ class LocalCluster:
         return ProcessSpec(
             name=service.name,
             launch=self._forked.runs(module) if forked else run_directly([sys.executable, "-m", module]),
-            env={**self._sources.env, "PYTHONUNBUFFERED": "1", **service.env},
+            env={**(self._engine_env if forked else self._sources.env), "PYTHONUNBUFFERED": "1", **service.env},
             ready=_probe(service),
             start_timeout_s=_ENGINE_START_S if forked else _SERVICE_START_S,
             grace_s=_GRACE_S[service.kind],
