@@ -29,12 +29,14 @@ log = logging.getLogger(__name__)
 #: Workers of one model; a bitmap of 64 bytes, the longest value that keeps a bucket a listpack.
 MAX_SLOTS = 512
 #: Blocks in one call of the update script, so that no lookup waits long behind it.
-_UPDATE_BLOCKS = 256
+_UPDATE_BLOCKS = 128
 #: Buckets and fields that one step of a sweep looks at.
 _SWEEP_BUDGET = 1000
 #: A background sweep takes at most about this share of the server.
 _SWEEP_SHARE = 0.2
 _ALL_BUCKETS = 65536
+#: The bits that are set in each byte.
+_BITS = tuple(tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256))
 
 _REGISTER = Script("keys", "bits", "register")
 _REFRESH = Script("keys", "refresh")
@@ -172,8 +174,14 @@ class RedisPrefixIndex:
         self._sweeping: set[str] = set()
 
     async def lookup(self, model: str, hashes: bytes) -> Mapping[int, int]:
-        flat: list[int] = await self._redis.run(_LOOKUP, self._keys, encode(model), hashes)
-        return dict(zip(flat[::2], flat[1::2], strict=True))
+        flat: list[Any] = await self._redis.run(_LOOKUP, self._keys, encode(model), hashes)
+        return {
+            8 * place + bit: depth
+            for depth, bitmap in zip(flat[::2], flat[1::2], strict=True)
+            for place, byte in enumerate(bitmap)
+            if byte
+            for bit in _BITS[byte]
+        }
 
     async def update(self, spec: WorkerSpec, *, add: Sequence[int], remove: Sequence[int]) -> bool:
         """In calls of bounded length; prefix-closed after each of them if ``add`` names parents before children and

@@ -37,22 +37,33 @@ end
 -- Takes the bits of mask out of the buckets from cursor on; stops when budget (buckets and fields) is spent.
 -- Returns the next cursor; 65536 = done.
 local function sweep_buckets(model, mask, cursor, budget)
-  local prefix = bucket_prefix(model)
-  local gone = 0
+  local prefix, gone = bucket_prefix(model), 0
+  local places, bits = {}, {} -- the few bytes of the mask that are not zero
+  for i = 1, #mask do
+    if mask:byte(i) ~= 0 then places[#places + 1], bits[#bits + 1] = i, mask:byte(i) end
+  end
+  local function touched(value)
+    for i = 1, #places do
+      if bit.band(value:byte(places[i]) or 0, bits[i]) ~= 0 then return true end
+    end
+    return false
+  end
   while cursor < 65536 and budget > 0 do
     local key = prefix .. string.char(math.floor(cursor / 256), cursor % 256)
     local fields = redis.call('HGETALL', key)
     for i = 1, #fields, 2 do
-      local left = without(fields[i + 1], mask)
-      if left == '' then
-        redis.call('HDEL', key, fields[i])
-        gone = gone + 1
-      elseif left ~= fields[i + 1] then
-        redis.call('HSET', key, fields[i], left)
+      if touched(fields[i + 1]) then
+        local left = without(fields[i + 1], mask)
+        if left == '' then
+          redis.call('HDEL', key, fields[i])
+          gone = gone + 1
+        else
+          redis.call('HSET', key, fields[i], left)
+        end
       end
     end
     cursor = cursor + 1
-    budget = budget - 1 - #fields
+    budget = budget - 1 - #fields / 2
   end
   if gone > 0 then redis.call('DECRBY', size_key(model), gone) end
   return cursor
