@@ -34,6 +34,7 @@ class Entry:
     prefill_s: float  # on an idle fleet, inflated
     order: int  # of arrival here
     queued: bool = True  # False once it left for good; heaps drop it when they meet it
+    parked: bool = False  # no worker of the fleet as it is could take it
     late: bool = False  # runs as best effort, behind the rest of its class
     blocked_since: float | None = None  # first time that a hard filter passed it over
     homeless_since: float | None = None  # first time that no worker of the fleet could have taken it
@@ -201,7 +202,9 @@ class FairQueue:
         if not depth.requests:
             del self._tenant_depth[tenant]
         self._class_depth[entry.request_class.name].remove(entry)
-        if self._parked.pop(entry.request.key, None) is None:
+        if entry.parked:
+            del self._parked[entry.request.key]
+        else:
             self._lane(entry).waiting -= 1
 
     def pop(self, now: float) -> Entry | None:
@@ -218,7 +221,7 @@ class FairQueue:
         for lane in self._lanes.values():
             lane.unhide(self._counters)
         for entry in entries:
-            if entry.queued and entry.request.key not in self._parked:
+            if entry.queued and not entry.parked:
                 self._lane(entry).push(entry, self._counters.value(entry.request.tenant))
 
     def set_aside(self, entry: Entry) -> None:
@@ -227,12 +230,14 @@ class FairQueue:
 
     def park(self, entry: Entry) -> None:
         """A popped entry that no worker of the fleet as it is can take: out of the way until ``unpark``."""
+        entry.parked = True
         self._parked[entry.request.key] = entry
         self._lane(entry).waiting -= 1
 
     def unpark(self) -> None:
         """The fleet has changed: parked entries take their places again."""
         for entry in self._parked.values():
+            entry.parked = False
             lane = self._lane(entry)
             lane.waiting += 1
             lane.push(entry, self._counters.value(entry.request.tenant))

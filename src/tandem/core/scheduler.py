@@ -332,7 +332,7 @@ class Scheduler:
             entry = self._queue.pop(now)
             if entry is None:
                 break
-            if self._try(entry, now, effects) or not entry.queued:
+            if self._try(entry, now, effects) or not entry.queued or entry.parked:
                 continue
             passed.append(entry)
             lane = (entry.request.tenant, entry.request_class.name)

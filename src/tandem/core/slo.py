@@ -7,7 +7,9 @@ those are stretched to what the fleet can do at all and refuse nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from tandem.core.policy import Policy, RequestClass
 from tandem.core.types import Request
@@ -58,3 +60,52 @@ def targets(
         ttft = max(slo, feasible) if late else slo
     tpot = request_class.tpot_slo_s or max(policy.default_tpot_s, policy.target_slack * idle_step_s)
     return Targets(max(ttft, 1e-3), tpot, slo is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one *offered* request ended. ``ttft_s`` None = it got no token (refused, failed, timed out): a miss."""
+
+    isl_tokens: int
+    output_tokens: int
+    ttft_s: float | None
+    tpot_s: float  # mean over its tokens after the first; 0 with fewer than two
+    ttft_target_s: float
+    tpot_target_s: float
+
+    @property
+    def met(self) -> bool:
+        return self.ttft_s is not None and self.ttft_s <= self.ttft_target_s and self.tpot_s <= self.tpot_target_s
+
+
+@dataclass(frozen=True, slots=True)
+class Attainment:
+    """Shares of what was offered that met both SLOs. Request-weighted attainment alone can be gamed by refusing the
+    long prompts; hence the other two (design: scheduling, "What to measure")."""
+
+    by_requests: float
+    by_tokens: float
+    by_length_quartile: tuple[float, float, float, float]
+
+    @property
+    def good(self) -> bool:
+        """Whether a rate with this attainment counts as goodput (TW goodput)."""
+        return min(self.by_requests, self.by_tokens) >= 0.9 and min(self.by_length_quartile) >= 0.8
+
+
+def attainment(outcomes: Sequence[Outcome]) -> Attainment:
+    """Over all offered requests; of nothing offered, everything was met."""
+    if not outcomes:
+        return Attainment(1.0, 1.0, (1.0, 1.0, 1.0, 1.0))
+    ranked = sorted(outcomes, key=lambda outcome: outcome.isl_tokens)
+    edges = [len(ranked) * i // 4 for i in range(5)]
+    quartiles = [_share_met(ranked[a:b]) for a, b in pairwise(edges)]
+    tokens = sum(o.isl_tokens + o.output_tokens for o in outcomes)
+    met = sum(o.isl_tokens + o.output_tokens for o in outcomes if o.met)
+    return Attainment(
+        _share_met(ranked), met / max(1, tokens), (quartiles[0], quartiles[1], quartiles[2], quartiles[3])
+    )
+
+
+def _share_met(outcomes: Sequence[Outcome]) -> float:
+    return sum(o.met for o in outcomes) / len(outcomes) if outcomes else 1.0
