@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 _U64 = (1 << 64) - 1
 
@@ -124,6 +125,10 @@ class BlockPool:
         if evicted:
             self.events.append(Removed(tuple(evicted)))
         return taken
+
+    def would_evict(self, count: int) -> bool:
+        """Whether any of the next ``count`` blocks to be reused is cached."""
+        return any(self._hash[block] is not None for block in islice(self._free, count))
 
     def release(self, blocks: Sequence[int]) -> None:
         """One user less for each. The last of the sequence will be reused first."""

@@ -42,6 +42,7 @@ class EngineModel:
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._ready: list[tuple[int, int, Sequence]] = []  # KV pulled, blocks in hand
         self._dropped: dict[str, Sequence] = {}  # aborted while a pull still writes their blocks
+        self._blocked = False  # the head of the queue did not fit, and nothing was freed since
         self._arrivals = 0
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -55,6 +56,7 @@ class EngineModel:
             raise ValueError(f"request {sequence.request_id} is here already")
         self._arrivals += 1
         sequence.arrival = self._arrivals
+        self._blocked = False
         sequence.length = prompt
         self.sequences[sequence.request_id] = sequence
         self._enqueue(sequence)
@@ -107,6 +109,7 @@ class EngineModel:
     def release_handoff(self, handoff_id: str) -> bool:
         handoff = self.handoffs.pop(handoff_id, None)
         if handoff is not None:
+            self._blocked = False
             self.pool.release(handoff.blocks)
         return handoff is not None
 
@@ -179,11 +182,47 @@ class EngineModel:
             result.duration_s, result.steps = duration, 1
             result.timing = StepTiming(duration, prefill_tokens, prefill_context, len(decodes), kv_tokens)
         end = now + result.duration_s
-        self._advance_decodes(decodes, end, result)
+        self._advance_decodes(decodes, 1, end, result)
         for sequence, count in chunks:
             self._advance_prefill(sequence, count, end, result)
         result.events = self.pool.take_events()
         return result
+
+    def quiet_steps(self) -> int:
+        """How many steps in a row are sure to be plain decodes whose outcomes nobody need see; 0 = call ``step``."""
+        if self.prefilling or not self.decoding or not (self._blocked or self._head() is None):
+            return 0
+        steps = min(sequence.decode_target - sequence.length for sequence in self.decoding)
+        while steps > 1 and sum(self._growth(steps)) > self.pool.num_free:
+            steps //= 2
+        return steps if steps > 1 else 0
+
+    def evicts(self, steps: int) -> bool:
+        """Whether so many quiet steps take blocks out of the prefix cache."""
+        return self.pool.would_evict(sum(self._growth(steps)))
+
+    def quiet_s(self, steps: int) -> float:
+        """Duration of so many quiet steps."""
+        per_step = step_s(self.profile, 0, 0, len(self.decoding), self.decode_kv_tokens)
+        return steps * per_step + self.profile.d2 * len(self.decoding) * (steps * (steps - 1) // 2)
+
+    def run_quiet(self, steps: int, now: float) -> StepResult:
+        """Do ``steps`` (at most ``quiet_steps()``) steps from ``now`` on, as so many calls of ``step`` would."""
+        batch, kv_tokens = len(self.decoding), self.decode_kv_tokens
+        result = StepResult(duration_s=self.quiet_s(steps), steps=steps)
+        mean_kv = kv_tokens + batch * (steps - 1) // 2
+        result.timing = StepTiming(result.duration_s / steps, 0, 0, batch, mean_kv)
+        for sequence, missing in zip(self.decoding, self._growth(steps), strict=True):
+            if missing:
+                sequence.blocks += self.pool.allocate(missing)
+        self._advance_decodes(list(self.decoding), steps, now + result.duration_s, result)
+        result.events = self.pool.take_events()
+        return result
+
+    def _growth(self, steps: int) -> list[int]:
+        """Blocks that each decoding sequence needs beyond its own for so many steps."""
+        size = self.config.block_size
+        return [max(0, -(-(s.length + steps - 1) // size) - len(s.blocks)) for s in self.decoding]
 
     def _make_room_for_decodes(self) -> None:
         """A block for each decode that begins one; preempts where there is none."""
@@ -211,8 +250,10 @@ class EngineModel:
     def _admit(self, chunks: list[tuple[Sequence, int]], result: StepResult) -> None:
         """Start waiting requests while tokens, sequences and blocks last; adds to ``chunks``."""
         budget = self.config.max_batched_tokens - len(self.decoding) - sum(count for _, count in chunks)
-        while budget > 0 and self.num_running < self.config.max_num_seqs and (sequence := self._head()) is not None:
-            if not sequence.blocks and not self._take_prefix(sequence, budget):
+        while budget > 0 and (sequence := self._head()) is not None:
+            full = self.num_running >= self.config.max_num_seqs
+            if full or (not sequence.blocks and not self._take_prefix(sequence, budget)):
+                self._blocked = True
                 break
             self._pop_head()
             if sequence.remote:
@@ -261,6 +302,7 @@ class EngineModel:
         """It holds all its blocks: it goes before those that still need some, or they could block each other."""
         sequence.remote = False
         sequence.phase = Phase.WAITING
+        self._blocked = False
         heappush(self._ready, (*sequence.rank, sequence))
 
     def _start_decode(self, sequence: Sequence) -> None:
@@ -281,12 +323,12 @@ class EngineModel:
     def _more_to_cache(self, sequence: Sequence) -> bool:
         return not sequence.content.silent or sequence.cached_upto < len(sequence.content.hashes)
 
-    def _advance_decodes(self, decodes: list[Sequence], end: float, result: StepResult) -> None:
-        """Each writes the KV of its last token and draws the next."""
-        self.decode_kv_tokens += len(decodes)
+    def _advance_decodes(self, decodes: list[Sequence], steps: int, end: float, result: StepResult) -> None:
+        """Each writes the KV of its last token and draws the next, ``steps`` times."""
+        self.decode_kv_tokens += len(decodes) * steps
         due = []
         for sequence in decodes:
-            sequence.length += 1
+            sequence.length += steps
             if sequence.length >= sequence.decode_target:
                 due.append(sequence)
         for sequence in due:
@@ -376,6 +418,7 @@ class EngineModel:
         self._enqueue(sequence)
 
     def _leave_batch(self, sequence: Sequence) -> None:
+        self._blocked = False
         if sequence.phase is Phase.DECODE:
             self.decoding.remove(sequence)
             self.decode_kv_tokens -= sequence.length
@@ -388,6 +431,7 @@ class EngineModel:
         del self.sequences[sequence.request_id]
 
     def _free(self, sequence: Sequence) -> None:
+        self._blocked = False
         self.pool.release(sequence.blocks)
         sequence.blocks = []
 

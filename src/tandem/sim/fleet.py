@@ -1,0 +1,93 @@
+"""What is simulated: kinds of workers (GPU and model, as a timing profile with memory and links) and fleets of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from tandem.core.profiles import PROFILES, Profile
+from tandem.core.types import Role
+from tandem.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One worker: model, GPUs and how it goes. KV room is what 90 % of the GPU memory leaves beside bf16 weights."""
+
+    profile: Profile
+    kv_tokens: int
+    kv_bytes_per_token: int
+    gpus: int
+    link_bytes_per_s: float = 50e9
+    max_num_seqs: int = 256
+    max_model_len: int = 131_072
+
+
+def _hardware(profile: str, gpus: int, memory_gb: float, weights_gb: float, kv_bytes_per_token: int) -> Hardware:
+    room = (0.9 * memory_gb * gpus - weights_gb) * 1e9
+    return Hardware(PROFILES[profile], int(room / kv_bytes_per_token), kv_bytes_per_token, gpus)
+
+
+HARDWARE: Mapping[str, Hardware] = MappingProxyType(
+    {
+        # 80 layers x 8 KV heads x 128 x (K and V) x 2 bytes; 32 layers for the 8B model
+        "h100-70b-tp4": _hardware("sim-h100-llama-70b-tp4", 4, 80.0, 141.0, 327_680),
+        "h100-70b-tp8": _hardware("sim-h100-llama-70b-tp8", 8, 80.0, 141.0, 327_680),
+        "h100-8b": _hardware("sim-h100-llama-8b-tp1", 1, 80.0, 16.0, 131_072),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """One worker of a fleet. ``misfit`` makes its real steps so many times longer than its profile says."""
+
+    id: str
+    hardware: Hardware
+    role: Role
+    chunk_tokens: int
+    misfit: float = 1.0
+
+    @property
+    def timing(self) -> Profile:
+        """How it really goes."""
+        p, f = self.hardware.profile, self.misfit
+        return replace(
+            p, p0=p.p0 * f, p1=p.p1 * f, p2=p.p2 * f, p3=p.p3 * f, d0=p.d0 * f, d1=p.d1 * f, d2=p.d2 * f
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    workers: tuple[WorkerSetup, ...]
+
+    @property
+    def gpus(self) -> int:
+        return sum(worker.hardware.gpus for worker in self.workers)
+
+    def __str__(self) -> str:
+        prefill = sum(worker.role is Role.PREFILL for worker in self.workers)
+        return f"{prefill}P{len(self.workers) - prefill}D"
+
+
+#: Chunks that suit most: a prefill worker has no decodes to protect.
+PREFILL_CHUNK, DECODE_CHUNK = 8192, 1024
+
+_SPLIT = re.compile(r"(?:(\d+)P)?(\d+)D", re.IGNORECASE)
+
+
+def make_fleet(hardware: str, split: str, *, chunk_tokens: int = DECODE_CHUNK, misfit: float = 1.0) -> Fleet:
+    """``split``: "3P5D", or "8D" for workers that all prefill and decode. ConfigError names what is wrong."""
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        raise ConfigError(f"a fleet is written like 3P5D or 8D, not {split!r}", param="fleet")
+    if hardware not in HARDWARE:
+        raise ConfigError(f"no hardware {hardware!r}; there is {', '.join(HARDWARE)}", param="hardware")
+    kind = HARDWARE[hardware]
+    workers = [WorkerSetup(f"p{i}", kind, Role.PREFILL, PREFILL_CHUNK, misfit) for i in range(int(match[1] or 0))]
+    workers += [WorkerSetup(f"d{i}", kind, Role.DECODE, chunk_tokens, misfit) for i in range(int(match[2]))]
+    if not int(match[2]):
+        raise ConfigError("a fleet needs a worker that decodes", param="fleet")
+    return Fleet(tuple(workers))

@@ -1,0 +1,203 @@
+"""One engine model on the virtual clock. Runs of plain decode steps are done in one go and cut short when needed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tandem.core.types import StepTiming, WorkerLoad
+from tandem.enginemodel.content import HashContent
+from tandem.enginemodel.engine_model import EngineModel
+from tandem.enginemodel.link import Link
+from tandem.enginemodel.sequence import ModelConfig, StepResult
+from tandem.enginemodel.sequence import Sequence as ModelSequence
+from tandem.sim.fleet import WorkerSetup
+from tandem.sim.metrics import Activity
+
+#: Step timings that a load report carries at most.
+_REPORTED_STEPS = 8
+#: Handoffs are claimed as soon as made; their leases do not matter here.
+_LEASE_S = 1e9
+
+
+@dataclass(slots=True)
+class _Quiet:
+    """A run of decode steps under way, not yet done in the model."""
+
+    begin: float
+    steps: int
+    evicts: bool
+
+
+class SimWorker:
+    """``schedule(at, worker)`` asks the simulation to call ``worker.tick(at)`` then; a later call replaces it."""
+
+    def __init__(
+        self, setup: WorkerSetup, block_size: int, schedule: Callable[[float, SimWorker], None], coalesce: bool = True
+    ) -> None:
+        self.setup = setup
+        self.id = setup.id
+        kind = setup.hardware
+        num_blocks = kind.kv_tokens // block_size
+        config = ModelConfig(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=kind.max_num_seqs,
+            max_batched_tokens=setup.chunk_tokens,
+            max_model_len=min(kind.max_model_len, num_blocks * block_size),
+            lease_s=_LEASE_S,
+        )
+        self.model = EngineModel(config, setup.timing)
+        self.link_in = Link(kind.link_bytes_per_s)
+        self.link_out = Link(kind.link_bytes_per_s)
+        self.activity = Activity(setup.id)
+        self._schedule = schedule
+        self._coalesce = coalesce
+        self._timings: deque[StepTiming] = deque(maxlen=_REPORTED_STEPS)
+        self._quiet: _Quiet | None = None
+        self._step: StepResult | None = None
+        self._telling = False  # the news of a step are being told, and may bring more work before the next begins
+        self.next_tick: float | None = None
+
+    # -- work in -------------------------------------------------------------------------------------------------
+
+    def submit(self, sequence: ModelSequence, now: float) -> None:
+        """ValueError if it does not fit at all."""
+        self.interrupt(now)
+        self.model.submit(sequence)
+
+    def interrupt(self, now: float) -> None:
+        """Something is about to change at ``now``: a quiet run ends with the step that is under way."""
+        quiet = self._quiet
+        if quiet is None:
+            return
+        done = self._steps_until(quiet, now)
+        if done < quiet.steps:
+            quiet.steps = done
+            self._at(quiet.begin + self.model.quiet_s(done))
+
+    def sync(self, now: float) -> None:
+        """Do the steps that are over by ``now``, so that the model shows what a look at the worker would show."""
+        quiet = self._quiet
+        if quiet is None:
+            return
+        done = self._steps_until(quiet, now)
+        if quiet.begin + self.model.quiet_s(done) > now:
+            done -= 1
+        if 0 < done < quiet.steps:
+            result = self.model.run_quiet(done, quiet.begin)
+            self._account(result, quiet.begin)
+            quiet.begin += result.duration_s
+            quiet.steps -= done
+
+    def _steps_until(self, quiet: _Quiet, now: float) -> int:
+        """Least number of steps that ends at or after ``now``, within the run."""
+        low, high = 1, quiet.steps
+        while low < high:
+            middle = (low + high) // 2
+            if quiet.begin + self.model.quiet_s(middle) >= now:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        return self._quiet is not None or self._step is not None or self._telling
+
+    def tick(self) -> StepResult:
+        """The step under way (or run of steps) ends: what came of it. Call ``told`` and ``go_on`` afterwards."""
+        self._telling = True
+        if self._quiet is not None:
+            quiet, self._quiet = self._quiet, None
+            result = self.model.run_quiet(quiet.steps, quiet.begin)
+            self._account(result, quiet.begin)
+            return result
+        assert self._step is not None
+        result, self._step = self._step, None
+        return result
+
+    def told(self) -> None:
+        self._telling = False
+
+    def go_on(self, now: float) -> StepResult | None:
+        """Begin the next step unless one is under way. Returns a result whose pulls and releases start now."""
+        if self.busy or not self.model.has_work:
+            return None
+        steps = self.model.quiet_steps() if self._coalesce else 0
+        if steps:
+            self._quiet = _Quiet(now, steps, self.model.evicts(steps))
+            self._at(now + self.model.quiet_s(steps))
+            return None
+        result = self.model.step(now)
+        if result.steps:
+            self._step = result
+            self._account(result, now)
+            self._at(now + result.duration_s)
+        return result
+
+    def _at(self, when: float) -> None:
+        self.next_tick = when
+        self._schedule(when, self)
+
+    def _account(self, result: StepResult, begin: float) -> None:
+        timing = result.timing
+        if timing is not None:
+            self._timings.append(timing)
+            self.activity.add(begin, result, timing)
+
+    # -- readings ------------------------------------------------------------------------------------------------
+
+    def cached_tokens(self, hashes: Sequence[int], now: float) -> int:
+        """Length of the cached prefix. The cache is prefix-closed, so its end is found by halving."""
+        if self._quiet is not None and self._quiet.evicts:
+            self.sync(now)
+        is_cached = self.model.pool.is_cached
+        low, high = 0, len(hashes)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if is_cached(hashes[middle - 1]):
+                low = middle
+            else:
+                high = middle - 1
+        return low * self.model.config.block_size
+
+    def load(self, now: float) -> WorkerLoad:
+        """A load report, as a live worker sends it."""
+        self.sync(now)
+        model = self.model
+        tokens, context = model.pending_prefill()
+        timings = tuple(self._timings)
+        self._timings.clear()
+        return WorkerLoad(
+            worker=self.id,
+            incarnation=1,
+            waiting_requests=len(model.sequences) - model.num_running,
+            running_requests=model.num_running,
+            pending_prefill_tokens=tokens,
+            pending_prefill_context_tokens=context,
+            kv_blocks_used=model.pool.num_used,
+            kv_blocks_total=model.config.num_blocks,
+            kv_tokens=model.decode_kv_tokens,
+            steps=timings,
+        )
+
+
+def sequence(
+    request_id: str,
+    isl_tokens: int,
+    osl_tokens: int,
+    hashes: Sequence[int],
+    *,
+    priority: int = 0,
+    produce_handoff: bool = False,
+    remote: bool = False,
+) -> ModelSequence:
+    """A request as the model takes it."""
+    content = HashContent(isl_tokens, hashes)
+    return ModelSequence(
+        request_id, content, osl_tokens, priority, produce_handoff=produce_handoff, remote=remote
+    )  # fmt: skip
