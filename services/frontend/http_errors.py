@@ -35,6 +35,7 @@ HTTP_STATUS: dict[type[errors.TandemError], tuple[int, str]] = {
     errors.StoreUnavailable: (503, "service_unavailable_error"),
     errors.IncompatibleWorker: (500, "server_error"),
     errors.ConfigError: (500, "server_error"),
+    errors.StartFailed: (503, "service_unavailable_error"),
     errors.InternalError: (500, "server_error"),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from services.frontend.openai_requests import (
 from services.frontend.openai_responses import Answer, ChatAnswer, CompletionAnswer
 from services.frontend.options import decode
 from services.frontend.served_model import ServedModel
+from tandem.adapters.clock import unix_milliseconds
 from tandem.errors import InvalidRequest
 
 
@@ -114,7 +114,7 @@ def _echoed(model: ServedModel, prompt: str | list[int]) -> str:
 def _common(request: GenerationRequest, wanted: OpenAIRequest, model: ServedModel) -> dict[str, Any]:
     return {
         "id": request.id,
-        "created": int(time.time()),
+        "created": unix_milliseconds() // 1000,
         "model": model.name,
         "choices": len(request.prompts) * request.n,
         "include_usage": wanted.include_usage,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from services.frontend.http_errors import error_body, error_headers, http_status
 from services.frontend.intake import Intake
 from services.frontend.openai_requests import ChatRequest, CompletionRequest
 from services.frontend.served_model import ServedModel
+from tandem.adapters.clock import unix_milliseconds
 from tandem.errors import InvalidRequest, TandemError
 
 #: Routes that are served in front of this app; it documents them.
@@ -26,7 +26,7 @@ GENERATING = {"/v1/chat/completions": ChatRequest, "/v1/completions": Completion
 def web_app(intake: Intake, readiness: Callable[[], Mapping[str, object]]) -> FastAPI:
     """``readiness`` gives ``ready`` and whatever explains it."""
     app = FastAPI(title="Tandem", description="OpenAI-compatible API", version="1", redoc_url=None)
-    started = int(time.time())
+    started = unix_milliseconds() // 1000
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
 
     @app.get("/healthz")
