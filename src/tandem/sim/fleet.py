@@ -78,14 +78,21 @@ PREFILL_CHUNK, DECODE_CHUNK = 8192, 1024
 _SPLIT = re.compile(r"(?:(\d+)P)?(\d+)D", re.IGNORECASE)
 
 
-def make_fleet(hardware: str, split: str, *, chunk_tokens: int = DECODE_CHUNK, misfit: float = 1.0) -> Fleet:
-    """``split``: "3P5D", or "8D" for workers that all prefill and decode. ConfigError names what is wrong."""
+def make_fleet(
+    hardware: str, split: str, *, chunk_tokens: int = DECODE_CHUNK, misfit: float = 1.0, kv_tokens: int = 0
+) -> Fleet:
+    """``split``: "3P5D", or "8D" for workers that all prefill and decode. ConfigError names what is wrong.
+
+    ``kv_tokens``: KV room of each worker instead of what its memory leaves.
+    """
     match = _SPLIT.fullmatch(split)
     if match is None:
         raise ConfigError(f"a fleet is written like 3P5D or 8D, not {split!r}", param="fleet")
     if hardware not in HARDWARE:
         raise ConfigError(f"no hardware {hardware!r}; there is {', '.join(HARDWARE)}", param="hardware")
     kind = HARDWARE[hardware]
+    if kv_tokens:
+        kind = replace(kind, kv_tokens=kv_tokens)
     workers = [WorkerSetup(f"p{i}", kind, Role.PREFILL, PREFILL_CHUNK, misfit) for i in range(int(match[1] or 0))]
     workers += [WorkerSetup(f"d{i}", kind, Role.DECODE, chunk_tokens, misfit) for i in range(int(match[2]))]
     if not int(match[2]):

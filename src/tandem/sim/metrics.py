@@ -69,11 +69,13 @@ class Job:
             return None
         return (self.finished_s - self.first_token_s) / (self.offered.osl_tokens - 1)
 
+    def in_time(self, slo: Slo) -> bool:
+        """The first token came within its target."""
+        return self.ttft_s is not None and self.ttft_s <= slo.ttft_for(self.offered.isl_tokens)
+
     def attained(self, slo: Slo) -> bool:
-        ttft, tpot = self.ttft_s, self.tpot_s
-        if self.finished_s is None or ttft is None or ttft > slo.ttft_for(self.offered.isl_tokens):
-            return False
-        return tpot is None or tpot <= slo.tpot_s
+        tpot = self.tpot_s
+        return self.finished_s is not None and self.in_time(slo) and (tpot is None or tpot <= slo.tpot_s)
 
 
 class GapHistogram:
@@ -88,6 +90,10 @@ class GapHistogram:
     def add(self, gap_s: float, count: int) -> None:
         position = int(log(max(gap_s, self._LEAST_S) / self._LEAST_S) / self._WIDTH)
         self._bins[position] = self._bins.get(position, 0) + count
+
+    def merge(self, other: GapHistogram) -> None:
+        for position, count in other._bins.items():
+            self._bins[position] = self._bins.get(position, 0) + count
 
     def percentiles(self, shares: Sequence[float]) -> list[float]:
         """Middle of the bin that each share of the gaps ends in; 0 if there are none."""

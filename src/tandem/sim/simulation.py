@@ -10,6 +10,7 @@ from tandem.core.types import Leg
 from tandem.enginemodel.sequence import Output, StepResult
 from tandem.errors import InternalError
 from tandem.sim.fleet import Fleet
+from tandem.sim.index import LateIndex
 from tandem.sim.metrics import Job
 from tandem.sim.routing import Decided, Lookup, Placement, Refusal, Router, Withdrawal
 from tandem.sim.worker import SimWorker, sequence
@@ -75,6 +76,9 @@ class Simulation:
         self._by_id = {job.id: job for job in self.jobs}
         schedule = self._schedule_tick
         self.workers = [SimWorker(setup, workload.block_size, schedule, coalesce) for setup in fleet.workers]
+        self._index = LateIndex(self._timing.index_age_s) if self._timing.index_age_s > 0 else None
+        for worker in self.workers:
+            worker.index = self._index
         self._worker = {worker.id: worker for worker in self.workers}
         self._fleet = fleet
         self._transfers: list[Transfer] = []
@@ -250,5 +254,8 @@ class Simulation:
         hashes = job.offered.hashes[: job.offered.isl_tokens // self._workload.block_size]
         if not hashes:
             return {}
+        if self._index is not None:
+            size = self._workload.block_size
+            return {worker: depth * size for worker, depth in self._index.lookup(hashes, self._now).items()}
         found = ((worker.id, worker.cached_tokens(hashes, self._now)) for worker in self.workers)
         return {worker: tokens for worker, tokens in found if tokens}

@@ -13,6 +13,7 @@ from tandem.enginemodel.link import Link
 from tandem.enginemodel.sequence import ModelConfig, StepResult
 from tandem.enginemodel.sequence import Sequence as ModelSequence
 from tandem.sim.fleet import WorkerSetup
+from tandem.sim.index import LateIndex
 from tandem.sim.metrics import Activity
 
 #: Step timings that a load report carries at most.
@@ -52,6 +53,7 @@ class SimWorker:
         self.link_in = Link(kind.link_bytes_per_s)
         self.link_out = Link(kind.link_bytes_per_s)
         self.activity = Activity(setup.id)
+        self.index: LateIndex | None = None  # to be told of the cache's changes
         self._schedule = schedule
         self._coalesce = coalesce
         self._timings: deque[StepTiming] = deque(maxlen=_REPORTED_STEPS)
@@ -148,6 +150,8 @@ class SimWorker:
         if timing is not None:
             self._timings.append(timing)
             self.activity.add(begin, result, timing)
+        if self.index is not None:
+            self.index.note(self.id, begin + result.duration_s, result.events)
 
     # -- readings ------------------------------------------------------------------------------------------------
 

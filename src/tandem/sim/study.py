@@ -1,0 +1,112 @@
+"""One run, described and carried out: workload x fleet x policy x SLO. Also the search for a policy's goodput."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from tandem.core.policy import policy_from
+from tandem.errors import ConfigError
+from tandem.sim.baselines import DynamoCost, LeastLoaded, RoundRobin
+from tandem.sim.fleet import DECODE_CHUNK, Fleet, make_fleet
+from tandem.sim.metrics import SLOS, Slo, attainment
+from tandem.sim.routing import CoreRouter, Lookup, Router
+from tandem.sim.simulation import Outcome, Simulation, Timing
+from tandem.sim.worker import SimWorker
+from tandem.sim.workload import Workload
+
+#: Policy -> what it is.
+POLICIES: Mapping[str, str] = MappingProxyType(
+    {
+        "tandem": "the router's own decision core, with the SLO as its requests' SLO",
+        "tandem-no-slo": "the same; its requests carry no SLO, so nothing is refused for lateness",
+        "round-robin": "one worker after the other",
+        "least-loaded": "fewest requests in flight",
+        "dynamo": "Dynamo's published cost function with overlap credit",
+        "dynamo-conditional": "the same, short uncached prompts computed on the decode worker",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Everything that a run depends on."""
+
+    workload: Workload
+    hardware: str
+    split: str
+    policy: str
+    slo: Slo
+    seed: int = 0
+    timing: Timing = field(default_factory=Timing)
+    misfit: float = 1.0  # real steps take so many times what the profiles say
+    chunk_tokens: int = DECODE_CHUNK
+    kv_tokens: int = 0  # of each worker; 0 = what its memory leaves
+    knobs: Mapping[str, float | int | bool] = field(default_factory=dict)  # of the core's Policy
+
+    def fleet(self) -> Fleet:
+        return make_fleet(
+            self.hardware, self.split, chunk_tokens=self.chunk_tokens, misfit=self.misfit, kv_tokens=self.kv_tokens
+        )
+
+    def router(self, workers: Sequence[SimWorker], lookup: Lookup) -> Router:
+        match self.policy:
+            case "round-robin":
+                return RoundRobin(workers)
+            case "least-loaded":
+                return LeastLoaded(workers)
+            case "dynamo" | "dynamo-conditional":
+                conditional = self.policy == "dynamo-conditional"
+                return DynamoCost(workers, lookup, self.workload.block_size, conditional=conditional)
+            case "tandem" | "tandem-no-slo":
+                slo = self.slo if self.policy == "tandem" else None
+                osl = self.workload.max_osl_tokens
+                return CoreRouter(workers, lookup, slo, osl, policy_from(self.knobs), self.seed)
+        raise ConfigError(f"no policy {self.policy!r}; there are {', '.join(POLICIES)}", param="policy")
+
+
+def slo_named(name: str) -> Slo:
+    """ConfigError if there is none."""
+    if name not in SLOS:
+        raise ConfigError(f"no SLO {name!r}; there are {', '.join(SLOS)}", param="slo")
+    return SLOS[name]
+
+
+def simulate(setup: Setup, progress: Callable[[int, int], None] | None = None, *, coalesce: bool = True) -> Outcome:
+    """ConfigError if the set-up makes no sense."""
+    if not setup.workload.requests:
+        raise ConfigError("the workload has no requests", param="workload")
+    simulation = Simulation(
+        setup.workload, setup.fleet(), setup.router, setup.timing, coalesce=coalesce, progress=progress
+    )
+    return simulation.run()
+
+
+#: Rates are found to this precision.
+_PRECISION = 0.03
+
+
+def tw_goodput(setup: Setup, start_rate: float, seen: Callable[[float, bool], None] | None = None) -> float:
+    """The highest mean rate (requests per second, to 3 %) at which TW attainment holds; 0 if at none tried."""
+
+    def holds(rate: float) -> bool:
+        outcome = simulate(replace(setup, workload=setup.workload.at_rate(rate)))
+        ok = attainment(outcome.jobs, setup.slo).tw
+        if seen is not None:
+            seen(rate, ok)
+        return ok
+
+    low, high = 0.0, start_rate
+    while holds(high):
+        low, high = high, high * 1.5
+    if not low:
+        low = high
+        while not holds(low):
+            high, low = low, low / 1.5
+            if low < start_rate / 50.0:
+                return 0.0
+    while high / low > 1.0 + _PRECISION:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
