@@ -7,7 +7,8 @@ n new prompt tokens, ``context`` the tokens before each of them, B sequences in 
 read. Seconds and tokens. Coefficients start from a named profile and are corrected by recursive least squares on the
 *relative* error, so that a short and a long step count alike and one set of settings serves a 5 ms GPU step and a 5 s
 CPU step. Corrections are multipliers of the profile's terms, kept within [1/20, 20]: a term never turns negative, and
-a term that the traffic does not exercise stays as the profile has it. A timing far from the prediction moves the
+one that the traffic does not exercise stays near the profile, or moves with the others when all of a worker is slower.
+A timing far from the prediction moves the
 model only as far as a clipped one would: a stolen CPU second is an outlier, a slower GPU shows in every step.
 
 Predictions are *not* inflated here; the caller multiplies by ``Policy.inflation``.
@@ -15,6 +16,7 @@ Predictions are *not* inflated here; the caller multiplies by ``Policy.inflation
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,6 +33,8 @@ _PRIOR_VARIANCE = 0.25
 _CLIP_ERRORS = 3.0
 _CLIP_FLOOR = 0.25
 _ERROR_MEMORY = 0.03
+#: Share of a residual that moves all terms alike.
+_SHARED_RATE = 0.03
 
 
 class _Regression:
@@ -63,6 +67,13 @@ class _Regression:
         denominator = noise + sum(x[i] * gain[i] for i in range(size))
         for i in range(size):
             theta[i] = max(1.0 / LIMIT, min(LIMIT, theta[i] + gain[i] * clipped / denominator))
+        # What one step of least squares left over, all terms share: a whole worker is slower, or faster, sooner than
+        # one of its terms is. This follows a drift after the covariance has become small.
+        corrected = sum(t * c for t, c in zip(theta, contributions, strict=True))
+        left_over = math.log(measured / corrected)
+        shared = math.exp(_SHARED_RATE * max(-clip, min(clip, left_over)))
+        for i in range(size):
+            theta[i] = max(1.0 / LIMIT, min(LIMIT, theta[i] * shared))
         for i in range(size):
             for j in range(size):
                 cov[i][j] -= gain[i] * gain[j] / denominator
