@@ -172,7 +172,7 @@ async def test_models(site: Site) -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias", "token id"),
         ({"request_class": "gold"}, "request_class", "batch"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+        ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options", "stream"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "9"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, None, ""),
     ],
