@@ -50,7 +50,10 @@ class Model(_Part):
     """One served model: a pipeline of its own."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)] = Field(description="what clients put into `model`")
-    path: str = Field(description="folder with weights, tokenizer and chat template (Hugging Face layout)")
+    path: str = Field(
+        description="folder with weights, tokenizer and chat template (Hugging Face layout), "
+        "or a model that `make setup` prepares: SmolLM2-135M-Instruct"
+    )
     max_model_len: Annotated[int, Field(ge=16)] = Field(4096, description="tokens of prompt plus output")
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(
         32, description="tokens of a KV block; a multiple of 32 on a CPU"
@@ -106,8 +109,8 @@ class Limits(_Part):
 
 
 class Endpoint(_Part):
-    host: str = "127.0.0.1"
-    port: int = Field(0, ge=0, le=65535)
+    host: str = Field("127.0.0.1", description="interface to listen on; 0.0.0.0 = all")
+    port: int = Field(0, ge=0, le=65535, description="port of the first frontend")
 
 
 class Liveness(_Part):
@@ -118,7 +121,7 @@ class Liveness(_Part):
 
 
 class Deployment(_Part):
-    version: Literal[1] = 1
+    version: Literal[1] = Field(1, description="of this schema")
     cluster: str = Field("default", description="name space of subjects and keys")
     http: Endpoint = Field(Endpoint(port=8000), description="the frontend's OpenAI API")
     grpc: Endpoint = Field(Endpoint(port=9000), description="the frontend's gRPC API")
@@ -127,9 +130,9 @@ class Deployment(_Part):
     models: Annotated[tuple[Model, ...], Field(min_length=1)] = Field(description="what is served")
     classes: tuple[Class, ...] = Field((Class(name="interactive"),), description="the first is the default")
     tenants: tuple[Tenant, ...] = Field((), description="API keys; empty = no authentication, one tenant `default`")
-    policy: dict[str, Any] = Field(default_factory=dict, description="scheduling knobs (tandem.core.policy.Policy)")
-    limits: Limits = Limits()
-    liveness: Liveness = Liveness()
+    policy: dict[str, Any] = Field(default_factory=dict, description="scheduling knobs, see below")
+    limits: Limits = Field(Limits(), description="what one request or client may ask for")
+    liveness: Liveness = Field(Liveness(), description="when a silent worker is suspected, and when it is dead")
 
     @model_validator(mode="after")
     def _check_names(self) -> Deployment:

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("tandem.cli.up", "start a cluster in the foreground"),
     "chat": ("tandem.cli.chat", "talk to a model of a running cluster"),
     "status": ("tandem.cli.status", "show workers, roles, load and leaders of a running cluster"),
+    "sim": ("tandem.sim.cli", "replay a workload on a simulated fleet, in virtual time"),
     "version": ("tandem.cli.version", "print the version"),
 }
 

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from tandem.adapters.deployment import Deployment, Model
+from tandem.core.policy import policy_from
 from tandem.errors import ConfigError
 from tandem.models.prepare import Progress, resolve_model
 
@@ -56,6 +57,11 @@ def check_room(folder: Path) -> None:
             "or point XDG_STATE_HOME to a larger disk.",
             param="XDG_STATE_HOME",
         )
+
+
+def check_policy(deployment: Deployment) -> None:
+    """ConfigError for a knob that does not exist, or a value that is not one."""
+    policy_from(deployment.policy)
 
 
 def check_engines(deployment: Deployment) -> None:

@@ -74,6 +74,7 @@ async def _run(deployment: Deployment, folder: Path, sources: Sources) -> int:
     began = monotonic()
     run_dir = RunDir(deployment.cluster, deployment.http.port)
     with run_dir.held():
+        preflight.check_policy(deployment)
         preflight.check_ports(deployment)
         preflight.check_room(run_dir.kept)
         preflight.check_engines(deployment)

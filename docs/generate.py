@@ -1,0 +1,197 @@
+"""Writes the reference pages from the tables that the code itself uses.
+
+python docs/generate.py           write them
+python docs/generate.py --check   fail if a page is not what its table says
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import sys
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from services.frontend.config import FrontendSettings
+from services.frontend.http_errors import HTTP_STATUS
+from services.router.config import RouterSettings
+from tandem import errors
+from tandem.adapters import deployment, settings
+from tandem.adapters.grpc_errors import STATUS
+from tandem.cli.chat import ChatSettings
+from tandem.cli.up import UpSettings
+from tandem.core.policy import Policy
+from tandem.worker.settings import WorkerSettings
+
+HERE = Path(__file__).parent
+NOTE = "<!-- Written by docs/generate.py (`make docs`). -->"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), "|" + "---|" * len(header), *(line(row) for row in rows)]
+
+
+def code(value: object) -> str:
+    return f"`{value}`"
+
+
+# -- deployment file ---------------------------------------------------------------------------------------------------
+
+#: In the order of the page: (class, where it stands in the file, what it is).
+PARTS: list[tuple[type[BaseModel], str]] = [
+    (deployment.Deployment, "the file itself"),
+    (deployment.Model, "`models:`"),
+    (deployment.Pool, "`models: pools:`"),
+    (deployment.Class, "`classes:`"),
+    (deployment.Tenant, "`tenants:`"),
+    (deployment.Limits, "`limits:`"),
+    (deployment.Liveness, "`liveness:`"),
+    (deployment.Endpoint, "`http:` and `grpc:`"),
+]
+
+
+def deployment_page() -> list[str]:
+    lines = [
+        "# The deployment file",
+        "",
+        "What `tandem up -f FILE` starts and every process of the cluster reads: YAML, unknown keys are errors.",
+        "Relative model folders and chat templates are looked for beside the file. An example is in the README;",
+        "`tandem up --print-deployment` prints the built-in one, or any other with the command line's changes.",
+    ]
+    for cls, place in PARTS:
+        lines += ["", f"## {place[0].upper()}{place[1:]}", ""]
+        about = (cls.__doc__ or "").strip()
+        if about and not about.startswith("!!!"):
+            lines += [about, ""]
+        rows = [(code(n), _kind(f.annotation), _default(f), f.description or "") for n, f in cls.model_fields.items()]
+        lines += table(("key", "type", "default", "meaning"), rows)
+    lines += ["", "## `policy:`", "", "Knobs of the decision core.", ""]
+    knobs = [(code(k.name), code(_yaml(k.default)), k.metadata["help"]) for k in dataclasses.fields(Policy)]
+    return lines + table(("key", "default", "meaning"), knobs)
+
+
+def _kind(kind: Any) -> str:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return " or ".join(code(value) for value in arguments)
+    if origin is typing.Annotated:
+        return _kind(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_kind(part) for part in arguments if part is not type(None))
+    if origin is tuple:
+        return f"list of {_kind(arguments[0])}"
+    if origin is dict:
+        return "mapping"
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return " or ".join(code(member.value) for member in kind)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind.__name__.lower()
+    return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}.get(kind, str(kind))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return code(" ".join(f"{n}: {v}" for n, v in value.model_dump(exclude_defaults=True).items()) or "{}")
+    if isinstance(value, tuple):
+        return code([item.name for item in value]) if value else "none"
+    if value is None or value == "" or value == {}:
+        return "none"
+    return code(_yaml(value))
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def errors_page() -> list[str]:
+    lines = [
+        "# Errors",
+        "",
+        "Each error has one stable `code`: in HTTP bodies (`error.code`), in gRPC's trailing metadata",
+        "(`tandem-error-bin`, an `ErrorDetail`), in logs and in metrics. *Retryable* means that the same request may",
+        "succeed if it is sent again; `retry-after` says when, where that is known.",
+        "",
+    ]
+    rows = []
+    for name, cls in sorted(errors.all_errors().items()):
+        status, kind = HTTP_STATUS[cls]
+        retry = "yes" if cls.retryable else "no"
+        rows.append((code(name), cls.meaning, retry, f"{status} {code(kind)}", code(STATUS[cls].name)))
+    return lines + table(("code", "meaning", "retryable", "HTTP", "gRPC"), rows)
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+SERVICES: list[tuple[str, type[Any]]] = [
+    ("`services.frontend`", FrontendSettings),
+    ("`services.router`", RouterSettings),
+    ("`services.prefill` and `services.decode`", WorkerSettings),
+]
+COMMANDS: list[tuple[str, type[Any]]] = [("`tandem up`", UpSettings), ("`tandem chat`", ChatSettings)]
+
+
+def settings_page() -> list[str]:
+    lines = [
+        "# Settings",
+        "",
+        f"Environment variables, `{settings.PREFIX}` in front. A name that the process does not know is an error.",
+        "`tandem up` sets those of the services itself; whoever runs a service otherwise sets them.",
+        "",
+        "## All services",
+        "",
+        *_settings_table(dataclasses.fields(settings.CommonSettings)),
+    ]
+    common = {f.name for f in dataclasses.fields(settings.CommonSettings)}
+    for title, cls in SERVICES + COMMANDS:
+        own = [
+            f for f in dataclasses.fields(cls) if f.name not in common or not issubclass(cls, settings.CommonSettings)
+        ]
+        lines += ["", f"## {title}", "", *_settings_table(own)]
+    return lines
+
+
+def _settings_table(fields: Iterable[dataclasses.Field[Any]]) -> list[str]:
+    rows = []
+    for field in fields:
+        required = field.default is dataclasses.MISSING
+        default = "required" if required else "empty" if field.default == "" else code(field.default)
+        rows.append((code(settings.PREFIX + field.name.upper()), default, field.metadata["doc"]))
+    return table(("variable", "default", "meaning"), rows)
+
+
+PAGES = {"deployment-file.md": deployment_page, "errors.md": errors_page, "settings.md": settings_page}
+
+
+def main() -> int:
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for name, make in PAGES.items():
+        page, text = HERE / name, "\n".join([NOTE, "", *make(), ""])
+        if page.exists() and page.read_text() == text:
+            continue
+        stale.append(name)
+        if not check:
+            page.write_text(text)
+    if check and stale:
+        print(f"not up to date (run `make docs`): {', '.join(stale)}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
