@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import nats
@@ -350,6 +353,51 @@ async def test_it_talks_to_the_official_client(server: NatsServer) -> None:
     assert [(m.data, m.no_responders) for m in got] == [(b"with headers", False), (b"", False)]
     assert (await official.request("echo", b"x" * 1_000_000, timeout=LONG_S)).data == b"x" * 1_000_000
     await official.close()
+    await bus.close()
+
+
+async def test_user_and_password_by_options_and_by_url() -> None:
+    async with NatsServer(extra_config='authorization { user: u, password: "p@:/ss" }') as server:
+        for url, options in (
+            (server.url, NatsOptions(user="u", password="p@:/ss")),
+            (server.url.replace("//", "//u:p%40%3A%2Fss@"), NatsOptions()),
+        ):
+            bus = await NatsBus.connect(url, options=options)
+            await bus.flush(timeout_s=LONG_S)
+            await bus.close()
+        with pytest.raises(BusUnavailable, match=r"(?i)authorization"):
+            await NatsBus.connect(server.url, options=NatsOptions(user="u", password="no", connect_timeout_s=0.5))
+
+
+def reload(server: NatsServer, extra: str) -> None:
+    """The server goes on with ``extra`` as the last line of its configuration."""
+    config = Path(server.command.argv[-1])
+    lines = [line for line in config.read_text().splitlines() if "# only now" not in line]
+    config.write_text("\n".join([*lines, extra, ""]))
+    os.kill(server.pid, signal.SIGHUP)
+
+
+async def test_it_comes_back_even_when_the_server_threw_it_out(server: NatsServer) -> None:
+    """nats-py gives up for good when a server that it is connected to ends that with an error; the bus does not."""
+    bus = await NatsBus.connect(server.url)
+    got: list[bytes] = []
+    bounced: list[Message] = []
+    await bus.subscribe("s", lambda m: got.append(m.data))
+    gone = await bus.subscribe("t", lambda m: got.append(m.data))
+    await bus.subscribe("back", bounced.append)
+    await gone.unsubscribe()
+
+    reload(server, "authorization { token: secret } # only now")
+    await until(lambda: not bus.connected)
+    bus.publish("s", b"kept")
+    await until(lambda: bus.stats.server_errors)
+
+    reload(server, "")
+    await until(lambda: got)
+    bus.publish("s", b"new")
+    bus.publish("t", b"", reply="back")
+    await until(lambda: bounced)
+    assert got == [b"kept", b"new"]
     await bus.close()
 
 

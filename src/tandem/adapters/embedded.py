@@ -65,7 +65,9 @@ def check_port(name: str, port: int) -> None:
             raise ConfigError(reason, param="port") from None
 
 
-def nats_command(*, port: int, store_dir: Path, max_payload: int = MAX_PAYLOAD) -> ServerCommand:
+def nats_command(
+    *, port: int, store_dir: Path, max_payload: int = MAX_PAYLOAD, extra_config: str = ""
+) -> ServerCommand:
     """nats-server with JetStream kept in ``store_dir``, where its configuration is written too."""
     binary = _nats_binary()
     store_dir.mkdir(parents=True, exist_ok=True)
@@ -74,6 +76,7 @@ def nats_command(*, port: int, store_dir: Path, max_payload: int = MAX_PAYLOAD) 
         f"listen: {json.dumps(f'{HOST}:{port}')}\n"
         f"max_payload: {max_payload}\n"
         f"jetstream {{ store_dir: {json.dumps(str(store_dir))} }}\n"
+        f"{extra_config}\n"
     )
     argv = (str(binary), "--config", str(config))
     return ServerCommand("nats-server", argv, port, f"nats://{HOST}:{port}", lambda: _nats_ready(port))
@@ -287,10 +290,21 @@ class EmbeddedServer:
 
 class NatsServer(EmbeddedServer):
     def __init__(
-        self, *, port: int = 0, store_dir: Path | None = None, max_payload: int = MAX_PAYLOAD, log: Path | None = None
+        self,
+        *,
+        port: int = 0,
+        store_dir: Path | None = None,
+        max_payload: int = MAX_PAYLOAD,
+        extra_config: str = "",
+        log: Path | None = None,
     ) -> None:
         def command(port: int, scratch: Path) -> ServerCommand:
-            return nats_command(port=port, store_dir=store_dir or scratch / "jetstream", max_payload=max_payload)
+            return nats_command(
+                port=port,
+                store_dir=store_dir or scratch / "jetstream",
+                max_payload=max_payload,
+                extra_config=extra_config,
+            )
 
         super().__init__("nats-server", command, port=port, log=log)
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import re
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import nats.errors
 from nats.aio.client import Client
@@ -37,6 +38,8 @@ _SUBSCRIPTION_MESSAGES = 1 << 20
 _SUBSCRIPTION_BYTES = 1 << 30
 #: What nats-py may hold of ours before it waits for the socket; the rest stays in our own buffer.
 _CLIENT_PENDING_BYTES = 1 << 20
+#: Without a connection for so long: its client's reconnecting is not trusted any more.
+_STUCK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +60,48 @@ class NatsOptions:
 
 
 class _Subscription:
-    def __init__(self, inner: NatsSubscription) -> None:
-        self._inner = inner
+    """Outlives the client that it was made with: a new client subscribes again."""
+
+    def __init__(self, bus: NatsBus, subject: str, queue: str, handler: Handler) -> None:
+        self._bus = bus
+        self._subject = subject
+        self._queue = queue
+        self._handler = handler
+        self._inner: NatsSubscription | None = None
+
+    async def open(self, client: Client) -> None:
+        self._inner = await client.subscribe(
+            self._subject,
+            queue=self._queue,
+            cb=self._deliver,
+            pending_msgs_limit=_SUBSCRIPTION_MESSAGES,
+            pending_bytes_limit=_SUBSCRIPTION_BYTES,
+        )
+
+    async def _deliver(self, msg: Msg) -> None:
+        no_responders = not msg.data and (msg.headers or {}).get("Status") == _NO_RESPONDERS
+        try:
+            self._handler(Message(msg.subject, msg.data, msg.reply, no_responders))
+        except Exception:  # one message's defect must not end the subscription: it is logged and counted
+            self._bus.stats.handler_errors += 1
+            logger.exception("handler of %s failed on a message to %s", self._subject, msg.subject)
 
     async def unsubscribe(self) -> None:
-        with suppress(nats.errors.Error):  # closed, or unsubscribed before
-            await self._inner.unsubscribe()
+        self._bus._subscriptions.pop(self, None)
+        if self._inner is not None:
+            with suppress(nats.errors.Error):  # closed, or unsubscribed before
+                await self._inner.unsubscribe()
 
 
 class NatsBus:
     """See ``tandem.adapters.bus``. Made by ``connect``."""
 
     def __init__(self, url: str, name: str, options: NatsOptions) -> None:
-        self._servers = [server.geturl() for server in _parse_servers(url)]
-        self._shown = _without_secrets(url)
+        servers = _parse_servers(url)
+        self._servers = [_without_user(server) for server in servers]
+        self._shown = ", ".join(self._servers)
         self._name = name
-        self._options = options
+        self._options = _with_user_of(servers[0], options)
         self._client = Client()
         self._up = asyncio.Event()
         self._out: deque[tuple[str, bytes, str]] = deque()
@@ -80,10 +109,13 @@ class NatsBus:
         self._waiting = asyncio.Event()
         self._all_sent = asyncio.Event()
         self._all_sent.set()
-        self._sender: asyncio.Task[None] | None = None
+        self._subscriptions: dict[_Subscription, None] = {}
+        self._gave_up = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
         self._last_error = ""
         self._reconnected_at = 0.0
+        self._down_at = 0.0
         self.stats = BusStats()
 
     @classmethod
@@ -100,7 +132,8 @@ class NatsBus:
             reason = bus._last_error or str(error)
             raise BusUnavailable(f"NATS does not answer at {bus._shown}: {reason}") from None
         bus._is_up()
-        bus._sender = asyncio.create_task(bus._send_forever(), name="nats-sender")
+        bus._tasks.append(asyncio.create_task(bus._send_forever(), name="nats-sender"))
+        bus._tasks.append(asyncio.create_task(bus._replace_lost_clients(), name="nats-keeper"))
         return bus
 
     # --- the port
@@ -137,26 +170,12 @@ class NatsBus:
         """Returns when the server has it. BusUnavailable if that takes longer than ``connect_timeout_s``."""
 
         _check_subject(subject)
-
-        async def deliver(msg: Msg) -> None:
-            no_responders = not msg.data and (msg.headers or {}).get("Status") == _NO_RESPONDERS
-            try:
-                handler(Message(msg.subject, msg.data, msg.reply, no_responders))
-            except Exception:  # one message's defect must not end the subscription: it is logged and counted
-                self.stats.handler_errors += 1
-                logger.exception("handler of %s failed on a message to %s", subject, msg.subject)
-
+        subscription = _Subscription(self, subject, queue, handler)
         try:
-            inner = await self._client.subscribe(
-                subject,
-                queue=queue,
-                cb=deliver,
-                pending_msgs_limit=_SUBSCRIPTION_MESSAGES,
-                pending_bytes_limit=_SUBSCRIPTION_BYTES,
-            )
+            await subscription.open(self._client)
         except nats.errors.Error as error:
             raise BusUnavailable(f"not subscribed to {subject}: {error}") from None
-        subscription = _Subscription(inner)
+        self._subscriptions[subscription] = None
         try:
             await self.flush(timeout_s=self._options.connect_timeout_s)
         except BaseException:
@@ -201,9 +220,10 @@ class NatsBus:
                 await self.flush(timeout_s=1.0)
         self._closed = True
         self._up.clear()
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.wait([self._sender])
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         with suppress(TimeoutError, OSError, nats.errors.Error):
             async with asyncio.timeout(1.0):
                 await self._client.close()
@@ -230,17 +250,47 @@ class NatsBus:
 
     # --- the connection
 
+    async def _replace_lost_clients(self) -> None:
+        """nats-py reconnects by itself, but gives up for good on some words of the server (authorization and limits
+        among them, that a restarting server may say), and a reconnect of its may die. Then a new client takes over."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_STUCK_S):
+                    await self._gave_up.wait()
+            if self.connected or not (self._gave_up.is_set() or self._is_stuck()):
+                continue
+            with suppress(TimeoutError, OSError, RuntimeError, nats.errors.Error):
+                async with asyncio.timeout(1.0):
+                    await self._client.close()
+            self._gave_up.clear()
+            self._client = Client()
+            try:
+                async with asyncio.timeout(self._options.connect_timeout_s):
+                    await self._client.connect(self._servers, **self._client_options())
+                    for subscription in list(self._subscriptions):
+                        await subscription.open(self._client)
+            except (TimeoutError, OSError, RuntimeError, nats.errors.Error) as error:
+                self._complain(f"no new connection: {error or 'no answer'}")
+                self._gave_up.set()
+                await asyncio.sleep(self._options.reconnect_wait_s)
+            else:
+                self._is_up()
+
+    def _is_stuck(self) -> bool:
+        return not self._up.is_set() and monotonic() - self._down_at > _STUCK_S
+
     def _client_options(self) -> dict[str, Any]:
         options = self._options
         return {
             "name": self._name,
             "error_cb": self._on_error,
-            "disconnected_cb": self._async(self._up.clear),
+            "disconnected_cb": self._async(self._is_down),
             "reconnected_cb": self._async(self._is_up),
-            "closed_cb": self._async(self._up.clear),
+            "closed_cb": self._async(self._gave_up.set),
             "connect_timeout": options.attempt_timeout_s,
-            "reconnect_time_wait": options.reconnect_wait_s,
+            "reconnect_time_wait": options.reconnect_wait_s * random.uniform(0.5, 1.5),
             "max_reconnect_attempts": -1,
+            "skip_subject_validation": True,  # done in publish and subscribe
             "ping_interval": options.ping_interval_s,
             "max_outstanding_pings": options.max_pings_out,
             "flush_timeout": options.attempt_timeout_s,
@@ -267,6 +317,10 @@ class NatsBus:
         self._reconnected_at = monotonic()
         self._up.set()
 
+    def _is_down(self) -> None:
+        self._up.clear()
+        self._down_at = monotonic()
+
     async def _on_error(self, error: Exception) -> None:
         if isinstance(error, OSError | nats.errors.UnexpectedEOF | nats.errors.StaleConnectionError):
             self._last_error = str(error) or type(error).__name__
@@ -277,8 +331,9 @@ class NatsBus:
 
     def _complain(self, what: str) -> None:
         self.stats.server_errors += 1
+        if what != self._last_error:  # attempts to reconnect say the same over and over
+            logger.error("NATS: %s", what)
         self._last_error = what
-        logger.error("NATS: %s", what)
 
 
 def _check_subject(subject: str) -> None:
@@ -290,11 +345,20 @@ def _parse_servers(url: str) -> list[SplitResult]:
     servers = [urlsplit(part if "://" in part else f"nats://{part}") for part in url.split(",") if part]
     for server in servers:
         if server.scheme not in ("nats", "tls") or not server.hostname:
-            raise ConfigError(f"not a NATS URL: {_without_secrets(url)}", param="url")
+            raise ConfigError(f"not a NATS URL: {server.scheme}://{server.hostname or ''}", param="url")
     if not servers:
         raise ConfigError("the NATS URL is empty", param="url")
     return servers
 
 
-def _without_secrets(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//***@", url)
+def _without_user(server: SplitResult) -> str:
+    return server._replace(netloc=server.netloc.rpartition("@")[2]).geturl()
+
+
+def _with_user_of(server: SplitResult, options: NatsOptions) -> NatsOptions:
+    """nats-py takes what stands in a URL as it is, percent signs and all."""
+    if options.user or options.token or not server.username:
+        return options
+    if server.password is None:
+        return replace(options, token=unquote(server.username))
+    return replace(options, user=unquote(server.username), password=unquote(server.password))
