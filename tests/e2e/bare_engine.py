@@ -1,7 +1,8 @@
 """The reference: vLLM alone, none of Tandem's code. Reads a job as JSON on stdin, writes the answers to a file.
 
     {"model": folder, "prompts": [[ids]], "chats": [[first, [next, ...]]], "max_tokens": n}
- -> {"prompts": [answer], "chats": [[{"prompt": [ids], **answer}]]}      answer = {"tokens": [ids], "gaps": [float], "second": [ids]}
+ -> {"prompts": [answer], "chats": [[{"prompt": [ids], **answer}]]}
+    answer = {"tokens": [ids], "gaps": [float], "second": [ids]}
 
 ``gaps``: logprob of the chosen token minus that of the runner-up (``second``) at each position.
 """
@@ -21,11 +22,8 @@ async def generate(engine: Any, ids: list[int], max_tokens: int, name: str) -> d
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=2)
-    output = None
-    async for output in engine.generate({"prompt_token_ids": ids}, params, name):
-        pass
-    assert output is not None
-    answer = output.outputs[0]
+    outputs = [output async for output in engine.generate({"prompt_token_ids": ids}, params, name)]
+    answer = outputs[-1].outputs[0]
     gaps, second = [], []
     for token, candidates in zip(answer.token_ids, answer.logprobs, strict=True):
         others = [(c.logprob, t) for t, c in candidates.items() if t != token]
@@ -35,7 +33,7 @@ async def generate(engine: Any, ids: list[int], max_tokens: int, name: str) -> d
     return {"tokens": list(answer.token_ids), "gaps": gaps, "second": second}
 
 
-async def main(job: dict[str, Any], out: str) -> None:
+async def main(job: dict[str, Any]) -> dict[str, list[Any]]:
     from transformers import AutoTokenizer
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -70,10 +68,11 @@ async def main(job: dict[str, Any], out: str) -> None:
             )
             messages.append({"role": "user", "content": text or ""})
         answers["chats"].append(turns)
-    with open(out, "w") as file:
-        json.dump(answers, file)
     engine.shutdown()
+    return answers
 
 
 if __name__ == "__main__":
-    asyncio.run(main(json.load(sys.stdin), sys.argv[1]))
+    answered = asyncio.run(main(json.load(sys.stdin)))
+    with open(sys.argv[1], "w") as file:
+        json.dump(answered, file)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from tandem.models.prepare import prepared_model
+from tandem.models.prepare import prepare_smollm2
 from tests.e2e.prompts import CHATS, natural_prompts
 from tests.harness.client import Client, describe, flush, workers
 from tests.harness.cluster import Cluster, wait_for
@@ -51,7 +51,7 @@ def deployment(model_folder: str, *, local: bool, remote: bool) -> dict[str, Any
 
 @pytest.fixture(scope="module")
 def model_folder() -> str:
-    return str(prepared_model())
+    return str(prepare_smollm2())
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_partly_warm(legs: Legs, prompts: list[list[int]], reference: dict[str, 
 
 def test_several_at_once(legs: Legs, prompts: list[list[int]], reference: dict[str, Any]) -> None:
     legs.flush()
-    chosen = list(range(0, 20, 2)) + [19]
+    chosen = [*range(0, 20, 2), 19]
     answers = legs.client.generate_all([prompts[i] for i in chosen], MAX_TOKENS, at_once=AT_ONCE)
     for i, answer in zip(chosen, answers, strict=True):
         check(reference["prompts"][i], answer.tokens, f"{legs.leg}, {AT_ONCE} at once, {len(prompts[i])} tokens")
