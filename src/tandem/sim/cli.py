@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from tandem.errors import ConfigError
-from tandem.sim import traces
+from tandem.sim import tables, traces
 from tandem.sim.fleet import DECODE_CHUNK, HARDWARE
 from tandem.sim.metrics import SLOS
 from tandem.sim.report import Figures, figures, to_html, to_json, to_text
@@ -40,11 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--goodput", action="store_true", help="search the highest rate at which TW attainment holds")
     add("--json", metavar="FILE", help="write all figures ('-' = standard output)")
     add("--html", metavar="FILE", help="write a page with the space-time map (of the last run)")
+    add(
+        "--residuals",
+        action="store_true",
+        help="print how far the timing profiles are from published tables, and leave",
+    )
     add("--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
     """ConfigError is the user's mistake. Figures go to standard output, progress to standard error."""
+    if args.residuals:
+        print(tables.to_text())
+        return 0
     base = _workload(args)
     found: list[Figures] = []
     for setup in _setups(args, base):

@@ -10,6 +10,7 @@ from tandem.core.types import StepTiming, WorkerLoad
 from tandem.enginemodel.content import HashContent
 from tandem.enginemodel.engine_model import EngineModel
 from tandem.enginemodel.link import Link
+from tandem.enginemodel.profile import step_s
 from tandem.enginemodel.sequence import ModelConfig, StepResult
 from tandem.enginemodel.sequence import Sequence as ModelSequence
 from tandem.sim.fleet import WorkerSetup
@@ -71,27 +72,23 @@ class SimWorker:
 
     def interrupt(self, now: float) -> None:
         """Something is about to change at ``now``: a quiet run ends with the step that is under way."""
-        quiet = self._quiet
-        if quiet is None:
-            return
-        done = self._steps_until(quiet, now)
-        if done < quiet.steps:
-            quiet.steps = done
-            self._at(quiet.begin + self.model.quiet_s(done))
+        self.sync(now)
+        if self._quiet is not None:
+            self._step = StepResult()
+            self._at(self._quiet.begin)
+            self._quiet = None
 
     def sync(self, now: float) -> None:
-        """Do the steps that are over by ``now``, so that the model shows what a look at the worker would show."""
+        """Do the steps of a quiet run that have begun by ``now``, as if each had been done when it began."""
         quiet = self._quiet
-        if quiet is None:
+        if quiet is None or quiet.begin >= now:
             return
         done = self._steps_until(quiet, now)
-        if quiet.begin + self.model.quiet_s(done) > now:
-            done -= 1
-        if 0 < done < quiet.steps:
-            result = self.model.run_quiet(done, quiet.begin)
-            self._account(result, quiet.begin)
-            quiet.begin += result.duration_s
-            quiet.steps -= done
+        result = self._run_quiet(quiet, done)
+        quiet.begin += result.duration_s
+        quiet.steps -= done
+        if not quiet.steps:
+            self._quiet, self._step = None, result
 
     def _steps_until(self, quiet: _Quiet, now: float) -> int:
         """Least number of steps that ends at or after ``now``, within the run."""
@@ -104,6 +101,15 @@ class SimWorker:
                 low = middle + 1
         return low
 
+    def _run_quiet(self, quiet: _Quiet, steps: int) -> StepResult:
+        batch, kv_tokens = len(self.model.decoding), self.model.decode_kv_tokens
+        result = self.model.run_quiet(steps, quiet.begin)
+        for done in range(max(0, steps - _REPORTED_STEPS), steps):
+            read = kv_tokens + done * batch
+            self._timings.append(StepTiming(step_s(self.model.profile, 0, 0, batch, read), 0, 0, batch, read))
+        self._account(result, quiet.begin)
+        return result
+
     # -- time ----------------------------------------------------------------------------------------------------
 
     @property
@@ -115,9 +121,7 @@ class SimWorker:
         self._telling = True
         if self._quiet is not None:
             quiet, self._quiet = self._quiet, None
-            result = self.model.run_quiet(quiet.steps, quiet.begin)
-            self._account(result, quiet.begin)
-            return result
+            return self._run_quiet(quiet, quiet.steps)
         assert self._step is not None
         result, self._step = self._step, None
         return result
@@ -137,6 +141,8 @@ class SimWorker:
         result = self.model.step(now)
         if result.steps:
             self._step = result
+            if result.timing is not None:
+                self._timings.append(result.timing)
             self._account(result, now)
             self._at(now + result.duration_s)
         return result
@@ -146,10 +152,8 @@ class SimWorker:
         self._schedule(when, self)
 
     def _account(self, result: StepResult, begin: float) -> None:
-        timing = result.timing
-        if timing is not None:
-            self._timings.append(timing)
-            self.activity.add(begin, result, timing)
+        if result.timing is not None:
+            self.activity.add(begin, result, result.timing)
         if self.index is not None:
             self.index.note(self.id, begin + result.duration_s, result.events)
 
