@@ -52,6 +52,7 @@ class Frontend:
         self._settings = settings
         self._deployment = wanted
         self._draining = False
+        self._stopped = asyncio.Event()
         name = settings.instance or clock.new_name("frontend")
         # A restarted frontend hears nothing that is meant for its former self.
         self.instance = f"{name}.{clock.new_incarnation():x}"
@@ -113,6 +114,7 @@ class Frontend:
         async with asyncio.TaskGroup() as tasks:
             sweep = tasks.create_task(self.cluster.run(), name="sweep")
             await self._http.serve(sockets=[self._socket])
+            await self._stopped.wait()  # answers over gRPC have deadlines too
             sweep.cancel()
 
     async def stop(self) -> None:
@@ -120,7 +122,8 @@ class Frontend:
         self._draining = True
         log.info("leaving: %d requests open", len(self.generations))
         self._http.should_exit = True
-        await self._grpc.stop(grace_s=self._settings.drain_timeout_s)
+        await self._grpc.stop(self._settings.drain_timeout_s)
+        self._stopped.set()
 
     async def close(self) -> None:
         await self.cluster.close()

@@ -45,7 +45,7 @@ class Site:
 
     async def until(self, condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
         async with asyncio.timeout(timeout_s):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - any condition
                 await asyncio.sleep(0.01)
 
 
@@ -55,7 +55,9 @@ StartSite = Callable[..., contextlib.AbstractAsyncContextManager[Site]]
 @pytest.fixture
 def start_site(nats_server: EmbeddedServer, byte_level_folder: Path, cluster: str) -> StartSite:  # noqa: F811
     @contextlib.asynccontextmanager
-    async def start(*, tenants: bool = False, limits: Limits | None = None, **settings: Any) -> AsyncIterator[Site]:
+    async def start(
+        *, tenants: bool = False, limits: Limits | None = None, nats_url: str = "", **settings: Any
+    ) -> AsyncIterator[Site]:
         deployment = Deployment(
             cluster=cluster,
             http=Endpoint(port=0),
@@ -83,8 +85,8 @@ def start_site(nats_server: EmbeddedServer, byte_level_folder: Path, cluster: st
             ),
             limits=limits or Limits(),
         )
-        frontend_bus = await NatsBus.connect(nats_server.url)
-        other_bus = await NatsBus.connect(nats_server.url)
+        frontend_bus = await NatsBus.connect(nats_url or nats_server.url)
+        other_bus = await NatsBus.connect(nats_url or nats_server.url)
         frontend = Frontend(FrontendSettings(deployment="", **settings), deployment, frontend_bus)
         tokenizer = Tokenizer(byte_level_folder)
         fake = FakeCluster(other_bus, cluster, MODEL, lambda submit: [2])

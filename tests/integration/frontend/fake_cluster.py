@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from tandem.adapters.bus import Bus, Message
+from tandem.adapters.bus import Bus, Message, Subscription
 from tandem.core.blocks import token_bytes
 from tandem.core.types import FinishReason, RequestKey
 from tandem.errors import TandemError, UnknownRequest
@@ -31,6 +31,7 @@ class FakeCluster:
         self.refusal: TandemError | None = None
         #: Requests stay in the router's queue.
         self.holding = False
+        self.announcing = True
         #: Whether token frames arrive at all.
         self.lossy: Callable[[bus_pb2.TokenFrame], bool] = lambda frame: False
         #: Log-probabilities of one token, where asked for: the sampled one first.
@@ -42,12 +43,13 @@ class FakeCluster:
         self._ref = types_pb2.WorkerRef(id="worker", incarnation=1)
         self._answers: dict[RequestKey, list[int]] = {}
         self._sent: dict[RequestKey, int] = {}
+        self.subscriptions: list[Subscription] = []
         self._finishes: dict[RequestKey, bus_pb2.Finish] = {}
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator[FakeCluster]:
         subscribe = self._bus.subscribe
-        subscriptions = [
+        self.subscriptions = [
             await subscribe(subjects.requests(self._cluster, self._model, self._router), self._on_submit),
             await subscribe(subjects.work(self._cluster, "worker"), self._on_work),
             await subscribe(subjects.aborts(self._cluster, self._model), self._on_abort),
@@ -58,8 +60,15 @@ class FakeCluster:
         finally:
             for task in tasks:
                 task.cancel()
-            for subscription in subscriptions:
+            for subscription in self.subscriptions:
                 await subscription.unsubscribe()
+
+    async def return_as_leader(self) -> None:
+        """Another router, with a higher epoch."""
+        self._router, self._epoch = f"router-{self._epoch + 1}", self._epoch + 1
+        subject = subjects.requests(self._cluster, self._model, self._router)
+        self.subscriptions.append(await self._bus.subscribe(subject, self._on_submit))
+        self.announcing = True
 
     def fail_running(self, error: TandemError) -> None:
         """Every running request ends with ``error``, as if its engine had failed."""
@@ -72,9 +81,10 @@ class FakeCluster:
     # -- the router ------------------------------------------------------------------------------------------------
 
     async def _announce(self) -> None:
-        message = bus_pb2.LeaderAnnouncement(model=self._model, router=self._router, epoch=self._epoch)
         while True:
-            self._bus.publish(subjects.leader(self._cluster, self._model), message.SerializeToString())
+            if self.announcing:
+                message = bus_pb2.LeaderAnnouncement(model=self._model, router=self._router, epoch=self._epoch)
+                self._bus.publish(subjects.leader(self._cluster, self._model), message.SerializeToString())
             await asyncio.sleep(0.1)
 
     def _on_submit(self, message: Message) -> None:

@@ -13,7 +13,8 @@ TEMPLATES = {
     "blocks": "  {% if true %}\n  x\n  {% endif %}\ny",
     "generation": "{% generation %}{{ messages[0].content }}{% endgeneration %}|",
     "tojson": "{{ tools | tojson(indent=2) }}{{ messages | tojson }}",
-    "controls": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "controls": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
+    "{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
     "arguments": "{{ enable_thinking }}{{ add_generation_prompt }}{{ documents is none }}",
 }
 

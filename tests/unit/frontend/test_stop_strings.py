@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +24,7 @@ def expected(text: str, stops: list[str]) -> str:
 
 def pieces(text: str, cuts: list[int]) -> list[str]:
     borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    return [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(borders)]
 
 
 @given(letters, stop_lists, st.lists(st.integers(0, 30), max_size=10))
