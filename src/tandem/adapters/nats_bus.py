@@ -132,8 +132,10 @@ class NatsBus:
             reason = bus._last_error or str(error)
             raise BusUnavailable(f"NATS does not answer at {bus._shown}: {reason}") from None
         bus._is_up()
-        bus._tasks.append(asyncio.create_task(bus._send_forever(), name="nats-sender"))
-        bus._tasks.append(asyncio.create_task(bus._replace_lost_clients(), name="nats-keeper"))
+        for work in (bus._send_forever(), bus._replace_lost_clients()):
+            task = asyncio.create_task(work, name="nats")
+            task.add_done_callback(bus._on_task_end)
+            bus._tasks.append(task)
         return bus
 
     # --- the port
@@ -242,7 +244,10 @@ class NatsBus:
                 except nats.errors.OutboundBufferLimitError:
                     await asyncio.sleep(self._options.reconnect_wait_s)
                     continue
-                except nats.errors.Error as error:
+                except nats.errors.ConnectionClosedError:  # it was given up; a new client is on its way
+                    self._is_down()
+                    continue
+                except (OSError, RuntimeError, nats.errors.Error) as error:
                     self._complain(f"message to {subject} not sent: {error}")
                 self._out.popleft()
                 self._out_bytes -= len(data)
@@ -328,6 +333,13 @@ class NatsBus:
                 logger.warning("NATS connection: %s", self._last_error)
         else:
             self._complain(str(error) or type(error).__name__)
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """They end by ``close`` only; anything else is a defect, and better seen than buffered over."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._closed = True
+            self._up.clear()
+            logger.critical("the bus is out of order and closed", exc_info=error)
 
     def _complain(self, what: str) -> None:
         self.stats.server_errors += 1

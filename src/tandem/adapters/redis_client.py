@@ -122,7 +122,7 @@ class RedisClient:
             await self._redis.aclose()
 
 
-async def connect(url: str, *, timeout_s: float = 0.5) -> RedisClient:
+async def connect(url: str, *, timeout_s: float = 1.0) -> RedisClient:
     """Connected and answering. ``url``: redis://, rediss:// or unix://. ConfigError for a malformed URL,
     StoreUnavailable when there is nobody."""
     client = RedisClient(url, timeout_s=timeout_s)
