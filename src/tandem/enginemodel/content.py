@@ -20,7 +20,7 @@ from tandem.core.blocks import block_hash, chain, root_hash, sequence_hashes, to
 from tandem.core.types import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Draw:
     """The outcome of one sampling. ``token`` is None where no tokens are modelled."""
 

@@ -73,7 +73,7 @@ class Pull:
     num_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Output:
     """News about one request; ``token`` is None where no tokens are modelled, or none was drawn."""
 

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--block-size", type=int, default=512, help="tokens per hash id of a Mooncake trace (default: 512)")
     add("--requests", type=int, metavar="N", help="only so many requests, the first ones of a trace")
     add("--rate", type=float, action="append", metavar="R", help="mean requests/s; again for several rates")
+    add("--concurrency", type=int, default=0, metavar="N", help="closed loop: N requests at any time, rates ignored")
     add("--hardware", default="h100-70b-tp4", help=f"of each worker: {', '.join(HARDWARE)}")
     add("--fleet", action="append", metavar="SPLIT", help="3P5D, or 8D for aggregated; again for several (4P4D)")
     add("--policy", action="append", metavar="NAME", help=f"again for several: {', '.join(POLICIES)}")
@@ -96,6 +97,7 @@ def _setups(args: argparse.Namespace, base: Workload) -> Iterator[Setup]:
             misfit=args.misfit,
             chunk_tokens=args.chunk,
             kv_tokens=args.kv_tokens,
+            concurrency=args.concurrency,
             knobs=knobs,
         )
 

@@ -67,7 +67,8 @@ def describe(setup: Setup, outcome: Outcome) -> Figures:
     profile = outcome.fleet.workers[0].hardware.profile
     return {
         "workload": setup.workload.name,
-        "rate_per_s": setup.workload.rate,
+        "rate_per_s": len(outcome.jobs) / max(outcome.end_s, 1e-9) if setup.concurrency else setup.workload.rate,
+        "concurrency": setup.concurrency,
         "hardware": setup.hardware,
         "fleet": setup.split,
         "gpus": outcome.fleet.gpus,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tandem.core.types import Leg
 from tandem.enginemodel.sequence import Output, StepResult
@@ -53,7 +54,10 @@ MakeRouter = Callable[[Sequence[SimWorker], Lookup], Router]
 
 
 class Simulation:
-    """Runs one workload against one fleet under one router."""
+    """Runs one workload against one fleet under one router.
+
+    ``concurrency``: closed loop, the next request comes when one ends; arrival times are then not the workload's.
+    """
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class Simulation:
         make_router: MakeRouter,
         timing: Timing | None = None,
         *,
+        concurrency: int = 0,
         coalesce: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -72,6 +77,7 @@ class Simulation:
         self._now = 0.0
         self._progress = progress
         self._left = len(workload.requests)
+        self._concurrency = concurrency
         self.jobs = [Job(i, offered, f"r{i}") for i, offered in enumerate(workload.requests)]
         self._by_id = {job.id: job for job in self.jobs}
         schedule = self._schedule_tick
@@ -83,12 +89,15 @@ class Simulation:
         self._fleet = fleet
         self._transfers: list[Transfer] = []
         self._wakeup: float | None = None
+        self._queue: deque[Job] = deque()  # closed loop: who comes next
         self._router = make_router(self.workers, self._lookup)
 
     def run(self) -> Outcome:
         """Until every request has ended."""
-        for job in self.jobs:
-            self._push(job.offered.arrival_s, self._arrive, job)
+        self._queue = deque(self.jobs)
+        for job in self.jobs[: self._concurrency or len(self.jobs)]:
+            self._queue.popleft()
+            self._push(0.0 if self._concurrency else job.offered.arrival_s, self._arrive, job)
         if self._router.wants_reports:
             self._push(self._timing.report_interval_s, self._report, None)
         events, pop = self._events, heapq.heappop
@@ -110,6 +119,8 @@ class Simulation:
         self._push(at, self._tick, worker)
 
     def _arrive(self, job: Job) -> None:
+        if self._concurrency and not job.attempt:
+            job.offered = replace(job.offered, arrival_s=self._now)
         self._carry_out(self._router.arrive(job, self._now))
 
     def _tick(self, worker: SimWorker) -> None:
@@ -247,6 +258,8 @@ class Simulation:
 
     def _ended(self) -> None:
         self._left -= 1
+        if self._queue:
+            self._push(self._now, self._arrive, self._queue.popleft())
         if self._progress is not None:
             self._progress(len(self.jobs) - self._left, len(self.jobs))
 

@@ -42,6 +42,7 @@ class Setup:
     timing: Timing = field(default_factory=Timing)
     misfit: float = 1.0  # real steps take so many times what the profiles say
     chunk_tokens: int = DECODE_CHUNK
+    concurrency: int = 0  # closed loop of so many requests, instead of the workload's arrival times
     kv_tokens: int = 0  # of each worker; 0 = what its memory leaves
     knobs: Mapping[str, float | int | bool] = field(default_factory=dict)  # of the core's Policy
 
@@ -78,7 +79,13 @@ def simulate(setup: Setup, progress: Callable[[int, int], None] | None = None, *
     if not setup.workload.requests:
         raise ConfigError("the workload has no requests", param="workload")
     simulation = Simulation(
-        setup.workload, setup.fleet(), setup.router, setup.timing, coalesce=coalesce, progress=progress
+        setup.workload,
+        setup.fleet(),
+        setup.router,
+        setup.timing,
+        concurrency=setup.concurrency,
+        coalesce=coalesce,
+        progress=progress,
     )
     return simulation.run()
 

@@ -110,6 +110,17 @@ def bursty_code(seed: int, count: int = 5000, rate: float = 4.0) -> Workload:
     return Workload("bursty-code", 64, tuple(requests))
 
 
+def fixed(seed: int, count: int = 1000, rate: float = 10.0, isl_tokens: int = 3000, osl_tokens: int = 300) -> Workload:
+    """Poisson arrivals of requests of one size, nothing shared."""
+    rng = random.Random(seed)
+    clock = 0.0
+    requests = []
+    for _ in range(count):
+        clock += rng.expovariate(rate)
+        requests.append(Offered(clock, isl_tokens, osl_tokens))
+    return Workload("fixed", 16, tuple(requests))
+
+
 GENERATORS: Mapping[str, Callable[..., Workload]] = MappingProxyType(
     {
         "smooth-chat": smooth_chat,
@@ -117,6 +128,7 @@ GENERATORS: Mapping[str, Callable[..., Workload]] = MappingProxyType(
         "multi-turn": multi_turn,
         "long-context": long_context,
         "bursty-code": bursty_code,
+        "fixed": fixed,
     }
 )
 
