@@ -118,8 +118,15 @@ def _worker(model: Model, pool: Pool, n: int, deployment: Deployment, around: Su
 
 def worker_name(deployment: Deployment, model: Model, pool: Pool, n: int) -> str:
     """Unique in the cluster, and short where there is one model only."""
-    of_model = "" if len(deployment.models) == 1 else re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-") + "-"
-    return f"{of_model}{pool.pool_name}-{n + 1}"
+    if len(deployment.models) == 1:
+        return f"{pool.pool_name}-{n + 1}"
+    alike = [other.name for other in deployment.models if _slug(other.name) == _slug(model.name)]
+    number = "" if len(alike) == 1 else str(alike.index(model.name) + 1)
+    return f"{_slug(model.name)}{number}-{pool.pool_name}-{n + 1}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _frontend(n: int, deployment: Deployment, around: Surroundings) -> Service:

@@ -31,7 +31,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; exits the process."""
     if sys.version_info[:2] != PYTHON:
-        complain(f"Tandem needs Python 3.11, and this is Python {sys.version_info[0]}.{sys.version_info[1]}")
+        wanted, found = (".".join(map(str, version)) for version in (PYTHON, sys.version_info[:2]))
+        complain(f"Tandem needs Python {wanted}, and this is Python {found} ({sys.executable})")
         sys.exit(EXIT_MISTAKE)
     sys.exit(dispatch(sys.argv[1:] if argv is None else list(argv)))
 
