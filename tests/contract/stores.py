@@ -85,7 +85,7 @@ class RedisWorld:
     async def open(self) -> RedisWorld:
         if not self._shared:
             await self._server.start()
-        self.client: RedisClient = await connect(self._server.url, timeout_s=2.0)
+        self.client: RedisClient = await connect(self._server.url, timeout_s=20.0)
         cluster = new_name("test")
         self.registry: Registry = RedisRegistry(self.client, cluster, max_slots=self._max_slots)
         self.leases: Leases = RedisLeases(self.client, cluster)

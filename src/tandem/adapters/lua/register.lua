@@ -8,17 +8,23 @@ for i = 8, #ARGV, 2 do
   names[#names + 1], ours[#ours + 1] = ARGV[i], ARGV[i + 1]
 end
 
+-- The living of this model. What they must share, one of them can tell; wire versions may differ by one.
+local owners, compared = {}, false
 for _, other in ipairs(redis.call('SMEMBERS', WORKERS)) do
-  local head = redis.call('HMGET', worker_key(other), 'model', 'wire_version')
-  if not head[1] then
+  local entry = redis.call('HMGET', worker_key(other), 'model', 'incarnation', 'wire_version')
+  if not entry[1] then
     redis.call('SREM', WORKERS, other)
-  elseif head[1] == model and other ~= worker then
-    local theirs = redis.call('HMGET', worker_key(other), unpack(names))
-    for i, name in ipairs(names) do
-      if theirs[i] ~= ours[i] then return {'incompatible', name, theirs[i] or '', ours[i], other} end
+  elseif entry[1] == model and other ~= worker then
+    owners[other .. ' ' .. entry[2]] = true
+    if not compared then
+      compared = true
+      local theirs = redis.call('HMGET', worker_key(other), unpack(names))
+      for i, name in ipairs(names) do
+        if theirs[i] ~= ours[i] then return {'incompatible', name, theirs[i] or '', ours[i], other} end
+      end
     end
-    if math.abs(tonumber(head[2]) - wire) > 1 then
-      return {'incompatible', 'wire_version', head[2], ARGV[7], other}
+    if math.abs(tonumber(entry[3]) - wire) > 1 then
+      return {'incompatible', 'wire_version', entry[3], ARGV[7], other}
     end
   end
 end
@@ -30,30 +36,26 @@ if old[1] and (old[1] ~= model or old[2] ~= incarnation) then
   redis.call('DEL', worker_key(worker))
 end
 
--- Slots whose owners are gone; our own if we still have it.
+-- Slots whose owners are gone are for the sweep; our own if we still have it.
 local slot
 local active = redis.call('GET', active_key(model)) or ''
 local leased = redis.call('HGETALL', slots_key(model))
+local taken = {}
 for i = 1, #leased, 2 do
   local number = tonumber(leased[i])
-  if leased[i + 1] == owner then
-    if has_bit(active, number) and number < slots then slot = number else retire(model, number) end
-  else
-    local its_worker, its_incarnation = leased[i + 1]:match('^(%S+) (%S+)$')
-    if redis.call('HGET', worker_key(its_worker), 'incarnation') ~= its_incarnation then retire(model, number) end
+  taken[number] = true
+  if leased[i + 1] == owner and has_bit(active, number) and number < slots then
+    slot = number
+  elseif not owners[leased[i + 1]] then
+    retire(model, number)
   end
 end
-
-local dirty = redis.call('HLEN', dirty_key(model))
+local dirty = redis.call('HKEYS', dirty_key(model))
+for _, number in ipairs(dirty) do taken[tonumber(number)] = true end
 if not slot then
-  for candidate = 0, slots - 1 do
-    if redis.call('HEXISTS', slots_key(model), candidate) == 0
-        and redis.call('HEXISTS', dirty_key(model), candidate) == 0 then
-      slot = candidate
-      break
-    end
-  end
-  if not slot then return {'full', dirty} end
+  slot = 0
+  while taken[slot] do slot = slot + 1 end
+  if slot >= slots then return {'full', #dirty} end
 end
 
 local fields = {'model', model, 'incarnation', incarnation, 'slot', slot, 'info', info, 'wire_version', wire}
@@ -65,4 +67,4 @@ redis.call('PEXPIRE', worker_key(worker), ttl_ms)
 redis.call('SADD', WORKERS, worker)
 redis.call('HSET', slots_key(model), slot, owner)
 redis.call('SET', active_key(model), with_bit(redis.call('GET', active_key(model)) or '', slot))
-return {'ok', slot, dirty}
+return {'ok', slot, #dirty}
