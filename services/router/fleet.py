@@ -1,9 +1,9 @@
 """Which workers of one model are there, and how alive they are. Decides nothing about requests.
 
-Three states: *alive*; *suspect* (silent for ``suspect_s``: gets no new work, keeps what it has); *dead* (silent for
-``dead_s`` and its gRPC health does not answer, or silent and its port refuses: no such process). When our own bus
-connection is in doubt (down, or up again for less than the grace), nobody is declared dead: what is silent then is
-the bus.
+*Alive*; *suspect* (silent for ``suspect_s``: gets no new work, keeps what it has); *hung* (silent for the hop timeout,
+and its gRPC health does not answer); *dead* (the same for ``dead_s``, or silent and its port refuses: no such
+process). When our own bus connection is in doubt (down, up again for less than the grace, or not answering a flush),
+nobody is hung or dead: what is silent then is the bus.
 """
 
 from __future__ import annotations
@@ -40,14 +40,22 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class Loss:
+    worker: str
+    incarnation: int
+    why: str
+    #: Its process is known to be dead, not merely silent.
+    gone: bool
+
+
+@dataclass(frozen=True, slots=True)
 class FleetListener:
     """Whom the fleet tells."""
 
     up: Callable[[WorkerSpec], None]
     suspect: Callable[[str, bool], None]
-    #: (worker, incarnation, why)
-    lost: Callable[[str, int, str], None]
-    #: Silent for the hop timeout: (worker)
+    lost: Callable[[Loss], None]
+    #: (worker)
     hung: Callable[[str], None]
 
 
@@ -71,7 +79,6 @@ class Fleet:
         self._listener = listener
         self._now = now
         self._look_now = asyncio.Event()
-        self._channels: dict[str, grpc.aio.Channel] = {}
         self.members: dict[str, Member] = {}
         #: Declared dead while their registry entry lives on; only a report of their own brings them back.
         self._dead: set[tuple[str, int]] = set()
@@ -106,10 +113,7 @@ class Fleet:
 
     async def watch_registry(self, interval_s: float) -> None:
         while True:
-            try:
-                self._seen(await self._registry.workers(self._model))
-            except StoreUnavailable as error:
-                log.warning("registry not read: %s", error)
+            await self.look()
             try:
                 await asyncio.wait_for(self._look_now.wait(), interval_s)
                 await asyncio.sleep(0.02)
@@ -117,26 +121,34 @@ class Fleet:
                 pass
             self._look_now.clear()
 
+    async def look(self) -> None:
+        """At the registry, once."""
+        try:
+            self._seen(await self._registry.workers(self._model))
+        except StoreUnavailable as error:
+            log.warning("registry not read: %s", error)
+
     async def watch_silence(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            if self.bus_in_doubt():
-                continue
-            now = self._now()
-            for member in list(self.members.values()):
-                silent = now - max(member.heard_at, self._bus.reconnected_at)
-                if silent > self._liveness.suspect_s:
-                    self._make_suspect(member)
-                    self._probe(member)
-                if silent > self._hop_timeout_s:
-                    self._listener.hung(member.spec.id)
+            self.look_for_silence()
+
+    def look_for_silence(self) -> None:
+        if self.bus_in_doubt():
+            return
+        for member in list(self.members.values()):
+            silent = self._silent_s(member)
+            if silent > self._liveness.suspect_s:
+                self._make_suspect(member)
+            # Asked in time to know at the hop timeout whether it hangs.
+            if silent > min(self._liveness.suspect_s, self._hop_timeout_s / 2):
+                self._probe(member)
 
     async def close(self) -> None:
-        for member in self.members.values():
-            if member.probe is not None:
-                member.probe.cancel()
-        for channel in self._channels.values():
-            await channel.close(None)
+        probes = [member.probe for member in self.members.values() if member.probe is not None]
+        for probe in probes:
+            probe.cancel()
+        await asyncio.gather(*probes, return_exceptions=True)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -148,7 +160,7 @@ class Fleet:
                 continue
             member = self.members.get(spec.id)
             if member is not None and member.spec.address.incarnation != spec.address.incarnation:
-                self._remove(member, "restarted")
+                self._remove(member, "restarted", gone=True)
                 member = None
             if member is None:
                 log.info("worker %s joins (%s, %s)", spec.id, spec.role.value, spec.address.grpc_address)
@@ -162,7 +174,7 @@ class Fleet:
             # Gone from the registry and silent: it left in good order, or the store lost it and it will be back.
             if member.spec.id not in present and now - member.heard_at > self._liveness.suspect_s:
                 if member.spec.draining:
-                    self._remove(member, "left")
+                    self._remove(member, "left", gone=True)
                 else:
                     self._probe(member)
 
@@ -176,33 +188,40 @@ class Fleet:
             member.probe = asyncio.get_running_loop().create_task(self._ask(member))
 
     async def _ask(self, member: Member) -> None:
-        """The gRPC health of a silent worker. Refused = no such process. No answer = dead only after ``dead_s``."""
-        address = member.spec.address.grpc_address
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = open_channel(address)
-        code: grpc.StatusCode | None = None
-        try:
-            stub = health_pb2_grpc.HealthStub(channel)
-            await stub.Check(health_pb2.HealthCheckRequest(), timeout=1.0)
-        except grpc.aio.AioRpcError as error:
-            code = error.code()
-        if code is None or self.members.get(member.spec.id) is not member or self.bus_in_doubt():
+        """A silent worker for its gRPC health. Refused = no such process. No answer = hung; dead after ``dead_s``."""
+        heard_at = member.heard_at
+        code = await self._health(member.spec.address.grpc_address)
+        if code is None or self.bus_in_doubt():
             return
         try:
             await self._bus.flush(timeout_s=1.0)
         except BusUnavailable:
             return
-        silent = self._now() - member.heard_at
-        refused = code is grpc.StatusCode.UNAVAILABLE
-        if refused or silent > self._liveness.dead_s:
-            self._remove(member, f"health {code.name}, silent for {silent:.1f} s")
+        if self.members.get(member.spec.id) is not member or member.heard_at != heard_at:
+            return
+        silent = self._silent_s(member)
+        gone = code is grpc.StatusCode.UNAVAILABLE
+        if gone or silent > self._liveness.dead_s:
+            self._remove(member, f"health {code.name}, silent for {silent:.1f} s", gone=gone)
+        elif silent > self._hop_timeout_s:
+            self._listener.hung(member.spec.id)
 
-    def _remove(self, member: Member, why: str) -> None:
+    async def _health(self, address: str) -> grpc.StatusCode | None:
+        """None = it answers. By a channel of its own: one that has known better days fails without asking."""
+        async with open_channel(address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            try:
+                await stub.Check(health_pb2.HealthCheckRequest(), timeout=self._hop_timeout_s / 2)
+            except grpc.aio.AioRpcError as error:
+                return error.code()
+        return None
+
+    def _silent_s(self, member: Member) -> float:
+        return self._now() - max(member.heard_at, self._bus.reconnected_at)
+
+    def _remove(self, member: Member, why: str, *, gone: bool) -> None:
         log.warning("worker %s is gone: %s", member.spec.id, why)
-        del self.members[member.spec.id]
-        self._dead.add((member.spec.id, member.spec.address.incarnation))
-        channel = self._channels.pop(member.spec.address.grpc_address, None)
-        if channel is not None:
-            asyncio.get_running_loop().create_task(channel.close(None))
-        self._listener.lost(member.spec.id, member.spec.address.incarnation, why)
+        address = member.spec.address
+        del self.members[address.id]
+        self._dead.add((address.id, address.incarnation))
+        self._listener.lost(Loss(address.id, address.incarnation, why, gone))

@@ -85,15 +85,14 @@ class Leadership:
             return
         if lease is None:
             return
-        known = await self._elected(lease.epoch)
+        known = max(await self._elected(lease.epoch), self.heard_epoch)
         if known > lease.epoch:
-            # A worker has heard of a later leader than the store has: begin again above it.
-            self.heard_epoch = max(self.heard_epoch, known)
-            await self._leases.release(lease)
-            return await self._campaign()
+            # Somebody has heard of a later leader than the store has. The next campaign begins above it.
+            self.heard_epoch = known
+            return await self._release(lease)
         self._lease = lease
         self.leader = self._router
-        self.heard_epoch = max(self.heard_epoch, lease.epoch)
+        self.heard_epoch = lease.epoch
         log.info("%s: leading with epoch %d", self._model, lease.epoch)
         self._announce(lease)
 
@@ -105,10 +104,13 @@ class Leadership:
         if self._lease is None:
             return
         if not kept:
-            # Expired, or the store came back empty. If it is free, take it again with a higher epoch.
+            # Expired, or the store came back empty. If it is free, the term goes on with a higher epoch.
             log.warning("%s: the lease is not ours any more", self._model)
-            self._step_down()
-            return await self._campaign()
+            self._lease = None
+            await self._campaign()
+            if self._lease is None:
+                self._deposed()
+            return
         self._announce(lease)
 
     def _announce(self, lease: Lease) -> None:
@@ -132,7 +134,10 @@ class Leadership:
     async def _give_back(self) -> None:
         lease, self._lease = self._lease, None
         if lease is not None:
-            try:
-                await asyncio.wait_for(self._leases.release(lease), 1.0)
-            except (StoreUnavailable, TimeoutError) as error:
-                log.warning("lease not released: %s", error)
+            await self._release(lease)
+
+    async def _release(self, lease: Lease) -> None:
+        try:
+            await asyncio.wait_for(self._leases.release(lease), 1.0)
+        except (StoreUnavailable, TimeoutError) as error:
+            log.warning("lease not released: %s", error)

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 import grpc
 
 from services.router.config import RouterSettings
-from services.router.fleet import Fleet, FleetListener
+from services.router.fleet import Fleet, FleetListener, Loss
 from services.router.leadership import Leadership
 from tandem.adapters.bus import Bus, Message
 from tandem.adapters.deployment import Liveness
@@ -40,13 +40,17 @@ from tandem.wire import codec, subjects
 log = logging.getLogger(__name__)
 
 FENCE_TIMEOUT_S = 0.5
+#: While we may not place, the scheduler's wishes to be called wait this long.
+NOT_NOW_S = 0.25
+#: Between two looks for requests whose end nobody told us of.
+PRUNE_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Submitted:
     """What is needed to deliver a request, or to tell its frontend that it was not."""
 
-    raw: bytes
+    raw: bytes  # until it is placed: prompts are large
     frontend: str
     rid: int
 
@@ -83,6 +87,8 @@ class ModelRouter:
         self._counters = ports.counters
         self._now = now
         self._submitted: dict[RequestKey, _Submitted] = {}
+        #: Of these, those about which the index is being asked: the scheduler does not know them yet.
+        self._looking: set[RequestKey] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._wakeup: asyncio.TimerHandle | None = None
         self._index_away = False
@@ -122,6 +128,7 @@ class ModelRouter:
                 tasks.create_task(self.fleet.watch_silence())
                 tasks.create_task(self.leadership.run())
                 tasks.create_task(self._save_counters())
+                tasks.create_task(self._prune())
         finally:
             if self._wakeup is not None:
                 self._wakeup.cancel()
@@ -143,6 +150,7 @@ class ModelRouter:
         if key in self._submitted:
             return None  # delivered twice: the first answer stands
         self._submitted[key] = _Submitted(message.data, submit.frontend, submit.rid)
+        self._looking.add(key)
         request = codec.request_from_wire(submit, now=self._now())
         assert self._tasks is not None
         self._tasks.create_task(self._take(request, submit.block_hashes))
@@ -150,8 +158,9 @@ class ModelRouter:
 
     async def _take(self, request: Request, hashes: bytes) -> None:
         cached = await self._cached(hashes)
-        if request.key not in self._submitted:
+        if request.key not in self._looking:
             return  # cancelled while we looked
+        self._looking.remove(request.key)
         try:
             self.scheduler.submit(request, cached, self._now())
         except TandemError as error:
@@ -178,7 +187,11 @@ class ModelRouter:
     def _on_abort(self, message: Message) -> None:
         abort = bus_pb2.Abort.FromString(message.data)
         choice = abort.choice if abort.HasField("choice") else None
-        for key in self.scheduler.abort(abort.id, abort.max_attempt, self._now(), choice=choice):
+        ended = self.scheduler.abort(abort.id, abort.max_attempt, self._now(), choice=choice)
+        looking = [k for k in self._looking if k.id == abort.id and k.attempt <= abort.max_attempt]
+        ended += [k for k in looking if choice in (None, k.choice)]
+        self._looking.difference_update(ended)
+        for key in ended:
             self._submitted.pop(key, None)
         self._poll()
 
@@ -234,11 +247,13 @@ class ModelRouter:
         self.scheduler.worker_suspect(worker, suspect, self._now())
         self._poll()
 
-    def _worker_lost(self, worker: str, incarnation: int, why: str) -> None:
-        for key in self.scheduler.worker_down(worker, incarnation, self._now()):
-            self._refuse(key, WorkerLostError(f"worker {worker} is gone: {why}"))
+    def _worker_lost(self, loss: Loss) -> None:
+        for key in self.scheduler.worker_down(loss.worker, loss.incarnation, self._now()):
+            self._refuse(key, WorkerLostError(f"worker {loss.worker} is gone: {loss.why}"))
         if self.leadership.epoch:
-            lost = bus_pb2.WorkerLost(model=self.model, worker=worker, incarnation=incarnation)
+            lost = bus_pb2.WorkerLost(
+                model=self.model, worker=loss.worker, incarnation=loss.incarnation, gone=loss.gone
+            )
             self._publish(subjects.lost(self._cluster, self.model), lost.SerializeToString(), "")
         self._poll()
 
@@ -246,11 +261,13 @@ class ModelRouter:
         """Its prefills go elsewhere; its streams wait for it to come back or to be declared dead."""
         for key in self.scheduler.prefilling_on(worker):
             self._fail(key, WorkerLostError(f"prefill worker {worker} is silent"))
+        self._poll()
 
     # -- leadership ------------------------------------------------------------------------------------------------
 
     async def _elected(self, epoch: int) -> int:
         """Before the first placement: every worker learns the epoch; the tenants' counters are read."""
+        await self.fleet.look()
         answers = await asyncio.gather(*(self._fence(m.spec, epoch) for m in list(self.fleet.members.values())))
         try:
             self.scheduler.restore_counters(await self._counters.load(f"service:{self.model}"))
@@ -270,8 +287,19 @@ class ModelRouter:
 
     def _deposed(self) -> None:
         """What waits here goes to the next leader; what runs goes on."""
+        for key in [*self._looking]:
+            self._looking.remove(key)
+            self._refuse(key, NoLeader(f"{self._router} does not lead {self.model} any more"))
         for key in self.scheduler.queued():
             self._fail(key, NoLeader(f"{self._router} does not lead {self.model} any more"))
+
+    async def _prune(self) -> None:
+        """Some ends are never told: the scheduler finds out by itself, and what is kept here goes with it."""
+        while True:
+            await asyncio.sleep(PRUNE_S)
+            for key in self._submitted.keys() - self._looking:
+                if self.scheduler.state_of(key) is None:
+                    del self._submitted[key]
 
     async def _save_counters(self) -> None:
         saved: Mapping[str, float] = {}
@@ -289,7 +317,8 @@ class ModelRouter:
 
     def _poll(self) -> None:
         now = self._now()
-        if self.leadership.epoch and not self.fleet.bus_in_doubt():
+        may_place = self.leadership.epoch > 0 and not self.fleet.bus_in_doubt()
+        if may_place:
             for effect in self.scheduler.poll(now):
                 match effect:
                     case Place():
@@ -303,7 +332,7 @@ class ModelRouter:
             self._wakeup = None
         at = self.scheduler.next_wakeup(now)
         if at is not None:
-            delay = max(0.001, at - now)
+            delay = max(0.001 if may_place else NOT_NOW_S, at - now)
             self._wakeup = asyncio.get_running_loop().call_later(delay, self._poll)
 
     def _place(self, effect: Place) -> None:
@@ -325,6 +354,7 @@ class ModelRouter:
         reply = subjects.bounce(self._cluster, self._bounce_name, about)
         if not self._publish(subjects.work(self._cluster, first), data, reply):
             self._fail(key, WorkerLostError(f"assignment to {first} could not be sent"))
+        submitted.raw = b""
 
     @property
     def _bounce_name(self) -> str:

@@ -50,6 +50,9 @@ class EngineRequest:
     lora: str = ""
     produce_handoff: bool = False
     handoff: KvHandoff | None = None
+    #: Seconds from now for which the producer promised the handoff's blocks. A read that has not ended by then counts
+    #: as failed, and the engine recomputes. None = nobody knows.
+    handoff_valid_s: float | None = None
     traceparent: str = ""
 
 
@@ -60,7 +63,9 @@ class EngineOutput:
     token_ids: Sequence[int] = ()
     finish: FinishReason | None = None
     stop_token_id: int | None = None
-    cached_tokens: int | None = None  # prompt tokens that came from this engine's own prefix cache; known with the first token
+    cached_tokens: int | None = (
+        None  # prompt tokens that came from this engine's own prefix cache; known with the first token
+    )
     transferred_bytes: int | None = None  # KV pulled for this request, where the connector tells
     transfer_s: float | None = None
     handoff: KvHandoff | None = None

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import inf
 
 from tandem.core.types import FinishReason, StepTiming
 from tandem.engine.kv_plane import KvServer, KvSource, read_blocks
@@ -44,6 +45,8 @@ _log = logging.getLogger(__name__)
 #: A step that begins so soon after the last one ended begins, by its clock, where that ended: sleeps do not drift.
 _BACK_TO_BACK_S = 0.02
 _KEPT_TIMINGS = 1000
+#: Of a pull whose producer never said how long its blocks are good for.
+_LONGEST_PULL_S = 600.0
 
 
 @dataclass(eq=False, slots=True)
@@ -54,6 +57,7 @@ class _Live:
     sink: Sink
     content: TokenContent
     source: KvSource | None = None
+    source_ends: float = inf  # when the producer may have used those blocks for something else
     started: bool = False  # whether the sink has seen anything
     transferred_bytes: int | None = None
     transfer_s: float | None = None
@@ -227,7 +231,8 @@ class SimEngine:
             self._model.submit(sequence)
         except ValueError as error:
             raise ContextLengthExceeded(str(error), param="messages") from error
-        return _Live(request, sink, content, source)
+        valid_s = inf if request.handoff_valid_s is None else request.handoff_valid_s
+        return _Live(request, sink, content, source, self._now() + valid_s)
 
     def _source(self, request: EngineRequest) -> KvSource:
         handoff = request.handoff
@@ -364,7 +369,12 @@ class SimEngine:
             now = self._now()
             return self._link.send(now, num_bytes) - now if self._args.speedup else 0.0
 
-        contents = await read_blocks(live.source, live.source.blocks[pull.first_block :], transfer_s)
+        contents = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(live.source_ends - began, _LONGEST_PULL_S)):
+                contents = await read_blocks(live.source, live.source.blocks[pull.first_block :], transfer_s)
+        if self._now() > live.source_ends:  # this process may have been stopped for a while
+            contents = None
         if contents is not None:
             live.transferred_bytes, live.transfer_s = num_bytes, self._now() - began
         del self._pulls[pull.request_id]

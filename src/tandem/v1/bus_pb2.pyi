@@ -261,14 +261,16 @@ class LeaderAnnouncement(_message.Message):
     def __init__(self, model: _Optional[str] = ..., router: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class WorkerLost(_message.Message):
-    __slots__ = ("model", "worker", "incarnation")
+    __slots__ = ("model", "worker", "incarnation", "gone")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
     model: str
     worker: str
     incarnation: int
-    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
+    gone: bool
+    def __init__(self, model: _Optional[str] = ..., worker: _Optional[str] = ..., incarnation: _Optional[int] = ..., gone: _Optional[bool] = ...) -> None: ...
 
 class LifecycleEvent(_message.Message):
     __slots__ = ("key", "phase", "output_tokens", "cached_tokens", "error_code")

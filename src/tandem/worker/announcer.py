@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 GATHER_S = 0.01
 #: Blocks in one update of the index.
 BATCH_BLOCKS = 2000
-#: Finish frames in a row that show less cached than the index said.
+#: Prompts in a row of which less was cached than the index said.
 OVER_REPORTS = 2
 
 
@@ -67,11 +67,17 @@ class Announcer:
                     self._gather(*self._blocks.missed())
                     self.complete = False
 
-    def over_reported(self) -> None:
-        """The engine had less cached than the index said; twice in a row means that the index is wrong about us."""
-        self._over_reports += 1
+    def cached(self, told: int, found: int) -> None:
+        """A prompt of which the index said that we hold ``told`` tokens, and the engine had ``found``.
+
+        The last block of a prompt may have to be computed although it is cached. Twice in a row less than that means
+        that the index is wrong about us."""
+        if told <= 0:
+            return
+        self._over_reports = self._over_reports + 1 if told - found > self.spec.block_size else 0
         if self._over_reports >= OVER_REPORTS:
             self._over_reports = 0
+            log.warning("the prefix index says more than is here: announcing everything again")
             self.announce_all()
 
     def announce_all(self) -> None:

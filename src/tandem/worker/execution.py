@@ -9,15 +9,15 @@ and the frontend, who owns the request, submits again.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.adapters.bus import Bus
 from tandem.core.blocks import token_ids
-from tandem.core.types import FinishReason, RequestKey
-from tandem.engine.protocol import Engine, EngineOutput, EngineRequest, KvHandoff, Logprob
+from tandem.core.types import RequestKey
+from tandem.engine.protocol import Engine, EngineOutput, EngineRequest, KvHandoff
 from tandem.errors import (
     BusUnavailable,
     HandoffFailed,
@@ -29,6 +29,7 @@ from tandem.errors import (
 )
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import codec, subjects
+from tandem.worker.answers import abort_finish, end_phase, error_finish, logprobs_update, timings_of
 from tandem.worker.handoffs import OpenHandoff, OpenHandoffs, Peers
 from tandem.worker.outbox import Outbox
 from tandem.worker.request_table import RequestTable, Running
@@ -37,10 +38,16 @@ log = logging.getLogger(__name__)
 
 #: A pull that starts in the last third of its lease might outlive it.
 LEASE_RESERVE = 3
-#: After the hop timeout the producer is asked again this often; a live producer and a busy engine get more time.
-MAX_PULL_ROUNDS = 5
 
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
+
+
+@dataclass(slots=True)
+class _Pull:
+    """A handoff that was taken and has not shown a token yet."""
+
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    in_engine: bool = False
 
 
 class Execution:
@@ -72,11 +79,12 @@ class Execution:
         self._now = now
         self._hop_timeout_s = hop_timeout_s
         self._lease_s = lease_s
-        self._pulls: dict[RequestKey, asyncio.Event] = {}
+        self._pulls: dict[RequestKey, _Pull] = {}
         self._runs = 0
         self.epoch = 0
         self.draining = False
-        self.on_over_report: Callable[[], None] = lambda: None
+        #: (prompt tokens that the index said were cached here, those that were)
+        self.on_cached: Callable[[int, int], None] = lambda told, found: None
 
     # -- what arrives ----------------------------------------------------------------------------------------------
 
@@ -107,23 +115,26 @@ class Execution:
         self._spawn(self._pull(running, message.prefill, kv))
 
     def repair(self, message: bus_pb2.Repair) -> None:
-        """Tokens from ``from_seq`` on, and the finish if there was one. A request handed over is asked of its new holder.
-
-        Always answered: ``placed`` alone tells a frontend that asks during a long prefill that the request is alive.
-        """
+        """Tokens from ``from_seq`` on, and the finish if there was one. A request that was handed over is asked of its
+        new holder; if that has not claimed it yet, the handoff may be what got lost, and goes out again."""
         running = self._table.get(codec.key_from_wire(message.key))
         if running is None:
             error = UnknownRequest(f"worker {self._worker} does not know this request")
-            self._outbox.finish(message.frontend, _error_finish(message.rid, error))
-        elif running.leg == bus_pb2.LEG_PREFILL and running.finish is not None and running.timings.decode_worker:
+            self._outbox.finish(message.frontend, error_finish(message.rid, error))
+        elif running.handed_over:
+            for handoff_id, entry in self._handoffs.unclaimed(running.key):
+                self._send_handoff(handoff_id, entry)
             forward = bus_pb2.WorkerMessage(repair=message)
             self._send(running.peer, forward, about=f"r:{message.rid}:{message.frontend}")
         else:
-            self._outbox.placed(message.frontend, message.rid, running.leg)
-            if len(running.tokens) > message.from_seq:
-                self._outbox.tokens(message.frontend, message.rid, message.from_seq, running.tokens[message.from_seq :])
+            missing = running.tokens[message.from_seq :]
+            if missing:
+                self._outbox.tokens(message.frontend, message.rid, message.from_seq, missing)
             if running.finish is not None:
                 self._outbox.finish(message.frontend, running.finish)
+            elif not missing:
+                # Nothing new, but it is here: a long prompt is no reason to give the worker up.
+                self._outbox.placed(message.frontend, message.rid, running.leg)
 
     def abort(self, request_id: str, max_attempt: int, choice: int | None = None) -> int:
         """Ends every attempt up to ``max_attempt``, also one that has yet to arrive, of one choice or (None) of all.
@@ -132,18 +143,22 @@ class Execution:
         """
         found = self._table.fence(request_id, max_attempt, choice, self._now())
         for running in found:
-            self._engine.abort(running.engine_id)
+            pull = self._pulls.get(running.key)
+            if pull is not None and not pull.in_engine:
+                self._end(running, abort_finish(running.rid), self._now())
+            else:
+                self._engine.abort(running.engine_id)
         self._handoffs.cancel(request_id, max_attempt, choice)
         return len(found)
 
     def taint(self, message: bus_pb2.Taint) -> None:
-        """KV pulled from that prefill worker cannot be trusted: its streams fail, and what they left in the cache goes."""
+        """KV pulled from that prefill worker is not to be trusted: its streams fail, the cache they fed goes."""
         for running in self._table.unfinished():
             if running.leg == bus_pb2.LEG_PREFILL and running.peer == message.prefill.id:
                 error = HandoffFailed(f"KV from {message.prefill.id} was read after its lease")
                 log.error("%s: %s", running.engine_id, error.message)
                 self._engine.abort(running.engine_id)
-                self._end(running, _error_finish(running.rid, error), self._now())
+                self._end(running, error_finish(running.rid, error), self._now())
         self._spawn(self._engine.reset_prefix_cache())
 
     def warn_peers(self) -> None:
@@ -167,7 +182,15 @@ class Execution:
         elif kind == "r":
             rid, _, frontend = rest.partition(":")
             error = HandoffFailed("the decode worker is gone")
-            self._outbox.finish(frontend, _error_finish(int(rid), error))
+            self._outbox.finish(frontend, error_finish(int(rid), error))
+
+    def tell_again(self) -> None:
+        """The bus is back, and what was said around its outage may have reached nobody. All of this may be repeated:
+        lifecycle events, and handoffs that nobody has claimed. Tokens are asked for by who misses them."""
+        for running in self._table:
+            self._event(running, end_phase(running) if running.finish is not None else _phase(running))
+        for handoff_id, entry in self._handoffs.unclaimed():
+            self._send_handoff(handoff_id, entry)
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -190,7 +213,12 @@ class Execution:
         return running
 
     def _submit(
-        self, running: Running, *, produce: bus_pb2.Assignment | None = None, handoff: KvHandoff | None = None
+        self,
+        running: Running,
+        *,
+        produce: bus_pb2.Assignment | None = None,
+        handoff: KvHandoff | None = None,
+        handoff_valid_s: float | None = None,
     ) -> None:
         submit = running.submit
         engine_id = running.engine_id
@@ -213,6 +241,7 @@ class Execution:
                 lora=submit.lora,
                 produce_handoff=produce is not None,
                 handoff=handoff,
+                handoff_valid_s=handoff_valid_s,
                 traceparent=submit.traceparent,
             ),
             sink,
@@ -222,7 +251,7 @@ class Execution:
         now = self._now()
         pull = self._pulls.get(running.key)
         if pull is not None and isinstance(output.error, HandoffFailed):
-            pull.set()  # without a token: the pull's own flow goes on from here
+            pull.news.set()  # without a token: the pull's own flow goes on from here
             return
         if output.cached_tokens is not None:
             running.cached_tokens = output.cached_tokens
@@ -231,7 +260,7 @@ class Execution:
         if output.transfer_s:
             running.timings.kv_transfer_s = output.transfer_s
         if output.logprobs is not None or output.prompt_logprobs is not None:
-            self._outbox.logprobs(running.frontend, _logprobs(running, output))
+            self._outbox.logprobs(running.frontend, logprobs_update(running, output))
         if output.token_ids:
             if not running.tokens:
                 self._first_token(running)
@@ -242,13 +271,15 @@ class Execution:
             self._finish(running, output, now)
 
     def _first_token(self, running: Running) -> None:
-        pulled = self._pulls.get(running.key)
-        if pulled is not None:
-            pulled.set()
+        self._tell_pull(running)
         self._event(running, bus_pb2.PHASE_DECODING)
-        missing = running.predicted_cached_tokens - running.cached_tokens
-        if running.leg == bus_pb2.LEG_LOCAL and missing > 0:
-            self.on_over_report()
+        if running.leg == bus_pb2.LEG_LOCAL:
+            self.on_cached(running.predicted_cached_tokens, running.cached_tokens)
+
+    def _tell_pull(self, running: Running) -> None:
+        pull = self._pulls.get(running.key)
+        if pull is not None:
+            pull.news.set()
 
     def _finish(self, running: Running, output: EngineOutput, now: float) -> None:
         assert output.finish is not None
@@ -258,24 +289,17 @@ class Execution:
             stop_token_id=output.stop_token_id,
             output_tokens=len(running.tokens),
             cached_tokens=running.cached_tokens,
-            timings=_timings(running, self._worker),
+            timings=timings_of(running, self._worker),
         )
         if output.error is not None:
             finish.error.CopyFrom(codec.error_to_wire(output.error))
         self._end(running, finish, now)
-        # After the end, so that a pull that waits for it sees it.
-        pulled = self._pulls.get(running.key)
-        if pulled is not None:
-            pulled.set()
 
     def _end(self, running: Running, finish: bus_pb2.Finish, now: float) -> None:
         self._table.finished(running, finish, now)
         self._outbox.finish(running.frontend, finish)
-        phase = {
-            types_pb2.FINISH_REASON_ABORT: bus_pb2.PHASE_ABORTED,
-            types_pb2.FINISH_REASON_ERROR: bus_pb2.PHASE_FAILED,
-        }.get(finish.reason, bus_pb2.PHASE_FINISHED)
-        self._event(running, phase, error_code=finish.error.code)
+        self._event(running, end_phase(running))
+        self._tell_pull(running)
 
     # -- the prefill leg -------------------------------------------------------------------------------------------
 
@@ -292,78 +316,88 @@ class Execution:
         running.timings.computed_tokens = running.submit.isl_tokens - running.cached_tokens
         running.timings.prefill_worker = self._worker
         running.timings.decode_worker = assignment.decode.id
-        self._handoffs.opened(output.handoff, OpenHandoff(running.key, assignment.decode.id, now))
         # For this worker the request ends here; the frontend hears the rest from the decode worker.
+        running.handed_over = True
         self._table.finished(running, bus_pb2.Finish(rid=running.rid), now)
         self._event(running, bus_pb2.PHASE_PREFILL_DONE)
-        message = bus_pb2.WorkerMessage(
-            handoff=bus_pb2.Handoff(
-                assignment=assignment,
-                prefill=self._outbox.ref,
-                kv=bus_pb2.KvHandoff(
-                    handoff_id=output.handoff.handoff_id,
-                    engine_id=output.handoff.engine_id,
-                    num_tokens=output.handoff.num_tokens,
-                    params=output.handoff.params,
-                ),
-                timings=running.timings,
-            )
+        self.on_cached(running.predicted_cached_tokens, running.cached_tokens)
+        message = bus_pb2.Handoff(
+            assignment=assignment,
+            prefill=self._outbox.ref,
+            kv=bus_pb2.KvHandoff(
+                handoff_id=output.handoff.handoff_id,
+                engine_id=output.handoff.engine_id,
+                num_tokens=output.handoff.num_tokens,
+                params=output.handoff.params,
+            ),
+            timings=running.timings,
         )
-        self._send(assignment.decode.id, message, about="h:" + output.handoff.handoff_id)
+        entry = OpenHandoff(running.key, message, now)
+        self._handoffs.opened(entry)
+        self._send_handoff(output.handoff.handoff_id, entry)
+
+    def _send_handoff(self, handoff_id: str, entry: OpenHandoff) -> None:
+        message = bus_pb2.WorkerMessage(handoff=entry.message)
+        self._send(entry.decode.id, message, about="h:" + handoff_id)
 
     def _handoff_undeliverable(self, entry: OpenHandoff) -> None:
         running = self._table.get(entry.key)
         if running is not None:
-            error = HandoffFailed(f"decode worker {entry.decode_worker} is gone")
-            self._outbox.finish(running.frontend, _error_finish(running.rid, error))
+            error = HandoffFailed(f"decode worker {entry.decode.id} is gone")
+            self._outbox.finish(running.frontend, error_finish(running.rid, error))
             self._event(running, bus_pb2.PHASE_FAILED, error_code=error.code)
 
     # -- the decode side of a handoff ------------------------------------------------------------------------------
 
     async def _pull(self, running: Running, peer: types_pb2.WorkerRef, kv: KvHandoff) -> None:
         started = self._now()
-        left = await self._peers.claim(peer, kv, self._worker)
-        if self._table.is_fenced(running.key):
-            await self._peers.release(peer, kv, pulled=False)
-            return self._end(running, _abort_finish(running.rid), self._now())
-        if left < self._lease_s / LEASE_RESERVE:
-            self._spawn(self._peers.release(peer, kv, pulled=False))
-            return self._prefill_here(running, f"claim not granted ({left:.1f} s of the lease left)")
-        done = self._pulls[running.key] = asyncio.Event()
+        pull = self._pulls[running.key] = _Pull()
+        left = await self._peers.claim(peer, kv, self._worker) or 0.0
         pulled = False
-        try:
-            self._submit(running, handoff=kv)
-            pulled = await self._first_news(running, peer, kv, done)
-        finally:
-            self._pulls.pop(running.key, None)
-            self._spawn(self._peers.release(peer, kv, pulled=pulled))
+        why = f"claim not granted ({left:.1f} s of the lease left)"
+        if running.finish is None and left >= self._lease_s / LEASE_RESERVE:
+            pull.in_engine = True
+            self._submit(running, handoff=kv, handoff_valid_s=left)
+            pulled = await self._first_news(running, peer, kv, pull.news)
+            why = "the KV could not be pulled"
+        del self._pulls[running.key]
+        self._spawn(self._peers.release(peer, kv, pulled=pulled))
         if pulled:
             running.timings.kv_transfer_s = running.timings.kv_transfer_s or self._now() - started
         elif running.finish is None:
-            self._prefill_here(running, "the KV could not be pulled")
+            self._prefill_here(running, why)
 
     async def _first_news(
-        self, running: Running, peer: types_pb2.WorkerRef, kv: KvHandoff, done: asyncio.Event
+        self, running: Running, peer: types_pb2.WorkerRef, kv: KvHandoff, news: asyncio.Event
     ) -> bool:
-        """True when the pull has come (a first token). Half a hop timeout without: the producer must show that it lives."""
+        """True when the pull has come (a first token). Half a hop timeout without: the producer must show that it
+        lives. A producer that lives and does not know the handoff any more has been read already, or its lease is
+        over: the engine, which knows how long the handoff is valid, sees to the rest."""
         half = self._hop_timeout_s / 2
-        for _ in range(2 * MAX_PULL_ROUNDS):
+        asking = True
+        while True:
             try:
-                await asyncio.wait_for(done.wait(), half)
+                await asyncio.wait_for(news.wait(), half)
                 return bool(running.tokens)
             except TimeoutError:
-                if not await self._peers.claim(peer, kv, self._worker, timeout_s=half):
+                pass
+            if asking:
+                left = await self._peers.claim(peer, kv, self._worker, timeout_s=half)
+                if left is None:
                     return bool(running.tokens)
-        return bool(running.tokens)
+                asking = left > 0.0
 
     def _prefill_here(self, running: Running, why: str) -> None:
-        log.warning("%s: %s; prefilling here", running.engine_id, why)
         given_up = running.engine_id
+        self._engine.abort(given_up)
+        if self._table.is_fenced(running.key):
+            return self._end(running, abort_finish(running.rid), self._now())
+        log.warning("%s: %s; prefilling here", given_up, why)
         self._runs += 1
         running.engine_id = f"{running.key.id}.{running.key.attempt}.{running.key.choice}.{self._runs}"
         running.leg = bus_pb2.LEG_LOCAL
-        self._engine.abort(given_up)
-        self._submit(running)
+        running.predicted_cached_tokens = 0  # that was of the prefill worker
+        return self._submit(running)
 
     # -- saying it -------------------------------------------------------------------------------------------------
 
@@ -390,46 +424,10 @@ class Execution:
                 phase=phase,
                 output_tokens=len(running.tokens),
                 cached_tokens=running.cached_tokens,
-                error_code=error_code,
+                error_code=error_code or (running.finish.error.code if running.finish is not None else ""),
             )
         )
 
 
-def _error_finish(rid: int, error: TandemError) -> bus_pb2.Finish:
-    return bus_pb2.Finish(rid=rid, reason=types_pb2.FINISH_REASON_ERROR, error=codec.error_to_wire(error))
-
-
-def _abort_finish(rid: int) -> bus_pb2.Finish:
-    return bus_pb2.Finish(rid=rid, reason=codec.finish_to_wire(FinishReason.ABORT))
-
-
-def _timings(running: Running, worker: str) -> bus_pb2.Timings:
-    """Durations of the decode worker's part, beside what the prefill worker told."""
-    timings = running.timings
-    times = running.token_times
-    timings.decode_worker = worker
-    if running.leg == bus_pb2.LEG_LOCAL:
-        timings.cached_tokens = running.cached_tokens
-        timings.computed_tokens = running.submit.isl_tokens - running.cached_tokens
-    if times:
-        if running.leg == bus_pb2.LEG_LOCAL:
-            timings.prefill_s = times[0] - running.accepted_at
-        timings.decode_s = times[-1] - times[0]
-        gaps = sorted(b - a for a, b in itertools.pairwise(times))
-        if gaps:
-            timings.itl_p50_s = gaps[len(gaps) // 2]
-            timings.itl_p99_s = gaps[int(len(gaps) * 0.99)]
-    return timings
-
-
-def _logprobs(running: Running, output: EngineOutput) -> bus_pb2.LogprobsUpdate:
-    def position(candidates: Sequence[Logprob] | None) -> types_pb2.PositionLogprobs:
-        tokens = [types_pb2.TokenLogprob(token_id=t, logprob=p, rank=r) for t, p, r in candidates or ()]
-        return types_pb2.PositionLogprobs(tokens=tokens)
-
-    return bus_pb2.LogprobsUpdate(
-        rid=running.rid,
-        seq=len(running.tokens),
-        positions=[position(c) for c in output.logprobs or ()],
-        prompt_positions=[position(c) for c in output.prompt_logprobs or ()],
-    )
+def _phase(running: Running) -> bus_pb2.Phase:
+    return bus_pb2.PHASE_DECODING if running.tokens else bus_pb2.PHASE_ACCEPTED

@@ -17,7 +17,7 @@ import grpc
 from tandem.adapters.grpc_server import open_channel
 from tandem.core.types import RequestKey
 from tandem.engine.protocol import Engine, KvHandoff
-from tandem.v1 import types_pb2, worker_pb2, worker_pb2_grpc
+from tandem.v1 import bus_pb2, types_pb2, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +25,13 @@ log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class OpenHandoff:
     key: RequestKey
-    decode_worker: str
+    message: bus_pb2.Handoff
     opened_at: float
     claimed: bool = False
+
+    @property
+    def decode(self) -> types_pb2.WorkerRef:
+        return self.message.assignment.decode
 
 
 class OpenHandoffs:
@@ -40,9 +44,9 @@ class OpenHandoffs:
         #: decode worker -> when it last got a handoff.
         self._handed: dict[str, float] = {}
 
-    def opened(self, handoff: KvHandoff, entry: OpenHandoff) -> None:
-        self._open[handoff.handoff_id] = entry
-        self._handed[entry.decode_worker] = entry.opened_at
+    def opened(self, entry: OpenHandoff) -> None:
+        self._open[entry.message.kv.handoff_id] = entry
+        self._handed[entry.decode.id] = entry.opened_at
 
     def recent_peers(self) -> list[str]:
         """Decode workers that may have pulled from us within two leases."""
@@ -54,12 +58,16 @@ class OpenHandoffs:
     def claim(self, handoff_id: str, engine_id: str, decode_worker: str) -> float | None:
         """Seconds left on the lease; None = not ours, not open, or promised to another worker."""
         entry = self._open.get(handoff_id)
-        if entry is None or entry.decode_worker != decode_worker:
+        if entry is None or entry.decode.id != decode_worker:
             return None
         left = self._engine.claim_handoff(handoff_id, engine_id)
         if left is not None:
             entry.claimed = True
         return left
+
+    def unclaimed(self, key: RequestKey | None = None) -> list[tuple[str, OpenHandoff]]:
+        """(id, handoff) of those that nobody has claimed; of one request, or (None) of all."""
+        return [(i, e) for i, e in self._open.items() if not e.claimed and key in (None, e.key)]
 
     def release(self, handoff_id: str, *, pulled: bool) -> None:
         if self._open.pop(handoff_id, None) is not None:
@@ -73,6 +81,14 @@ class OpenHandoffs:
             if meant and not entry.claimed:
                 self.release(handoff_id, pulled=False)
 
+    def peer_lost(self, worker: str, incarnation: int, *, gone: bool) -> None:
+        """A decode worker was declared dead. What it has claimed it may still be reading, unless its process is
+        known to be ``gone``: then only the lease may end it."""
+        for handoff_id, entry in list(self._open.items()):
+            decode = entry.decode
+            if decode.id == worker and decode.incarnation == incarnation and (gone or not entry.claimed):
+                self.release(handoff_id, pulled=False)
+
     def sweep(self, now: float) -> None:
         """Forgets handoffs whose lease the engine has ended by itself; twice the lease covers its extensions."""
         for worker, at in list(self._handed.items()):
@@ -80,7 +96,7 @@ class OpenHandoffs:
                 del self._handed[worker]
         for handoff_id, entry in list(self._open.items()):
             if now - entry.opened_at > 2 * self._lease_s:
-                log.warning("handoff %s to %s was never pulled", handoff_id, entry.decode_worker)
+                log.warning("handoff %s to %s was never pulled", handoff_id, entry.decode.id)
                 self.release(handoff_id, pulled=False)
 
     def __len__(self) -> int:
@@ -96,8 +112,10 @@ class Peers:
         self._limit = limit
         self._channels: dict[tuple[str, int], grpc.aio.Channel] = {}
 
-    async def claim(self, peer: types_pb2.WorkerRef, handoff: KvHandoff, me: str, *, timeout_s: float = 0.0) -> float:
-        """Seconds of the lease that are surely left now; 0.0 = do not pull (refused, or no answer in time)."""
+    async def claim(
+        self, peer: types_pb2.WorkerRef, handoff: KvHandoff, me: str, *, timeout_s: float = 0.0
+    ) -> float | None:
+        """Seconds of the lease that are surely left now; 0.0 = refused: do not pull; None = no answer in time."""
         sent = self._now()
         request = worker_pb2.ClaimHandoffRequest(
             handoff_id=handoff.handoff_id, engine_id=handoff.engine_id, decode_worker=me
@@ -106,7 +124,7 @@ class Peers:
             answer = await self._stub(peer).ClaimHandoff(request, timeout=timeout_s or self._timeout_s)
         except grpc.aio.AioRpcError as error:
             log.warning("claim at %s failed: %s", peer.id, error.code().name)
-            return 0.0
+            return None
         return max(0.0, answer.lease_left_s - (self._now() - sent)) if answer.granted else 0.0
 
     async def release(self, peer: types_pb2.WorkerRef, handoff: KvHandoff, *, pulled: bool) -> None:

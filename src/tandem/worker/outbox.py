@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from tandem.adapters.bus import Bus
 from tandem.core.types import WorkerAddress
-from tandem.errors import BusUnavailable
+from tandem.errors import BusUnavailable, PayloadTooLarge
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import subjects
 
@@ -109,7 +109,7 @@ class Outbox:
     def _publish(self, subject: str, data: bytes, reply: str) -> None:
         try:
             self._bus.publish(subject, data, reply)
-        except BusUnavailable as error:
+        except (BusUnavailable, PayloadTooLarge) as error:
             self.dropped += 1
             log.warning("frame dropped: %s", error)
 

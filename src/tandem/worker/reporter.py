@@ -19,6 +19,9 @@ from tandem.worker.request_table import RequestTable
 
 log = logging.getLogger(__name__)
 
+#: After a reconnect of ours the others may take this long to be back.
+OTHERS_BACK_S = 2.0
+
 
 class Reporter:
     def __init__(
@@ -46,6 +49,7 @@ class Reporter:
         self._seq = 0
         self._hung_since: float | None = None
         self._late_reads = 0
+        self._told_after = bus.reconnected_at
 
     def report(self, *, with_steps: bool = False) -> bus_pb2.LoadReport:
         """``with_steps`` hands the step timings out; they are given once."""
@@ -81,6 +85,7 @@ class Reporter:
             self._table.sweep(now)
             self._handoffs.sweep(now)
             self._look_for_late_reads()
+            self._tell_again_after_reconnect(now)
             self._seq += 1
             try:
                 self._bus.publish(self._subject, self.report(with_steps=True).SerializeToString())
@@ -92,6 +97,12 @@ class Reporter:
         if late > self._late_reads:
             self._execution.warn_peers()
         self._late_reads = late
+
+    def _tell_again_after_reconnect(self, now: float) -> None:
+        back = self._bus.reconnected_at
+        if back != self._told_after and now - back >= OTHERS_BACK_S:
+            self._told_after = back
+            self._execution.tell_again()
 
     def hung_for(self) -> float:
         """Seconds for which the engine has had work and made no step; 0.0 = it is well."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tandem.core.types import RequestKey
@@ -32,6 +33,8 @@ class Running:
     cached_tokens: int = 0
     finish: bus_pb2.Finish | None = None
     finished_at: float = 0.0
+    #: The prompt is computed and the KV offered to ``peer``: what comes next is that worker's.
+    handed_over: bool = False
     #: Worker that the KV comes from (on a decode worker) or goes to (on a prefill worker).
     peer: str = ""
     timings: bus_pb2.Timings = field(default_factory=bus_pb2.Timings)
@@ -112,6 +115,9 @@ class RequestTable:
             _, name, attempt = self._fence_queue.popleft()
             if self._fences.get(name) == attempt:
                 del self._fences[name]
+
+    def __iter__(self) -> Iterator[Running]:
+        return iter(list(self._requests.values()))
 
     def __len__(self) -> int:
         return len(self._requests)

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from tandem.adapters import clock
-from tandem.adapters.bus import Bus, Message
+from tandem.adapters.bus import Bus, Message, Subscription
 from tandem.adapters.deployment import Deployment, Model, Pool, PoolRole, read
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
@@ -108,7 +108,7 @@ class Worker:
             hop_timeout_s=settings.hop_timeout_s,
             lease_s=lease_s,
         )
-        self.execution.on_over_report = announcer.over_reported
+        self.execution.on_cached = announcer.cached
         self.reporter = Reporter(
             bus=bus,
             cluster=cluster,
@@ -134,14 +134,15 @@ class Worker:
         self._leaving.set()
 
     async def serve(self) -> None:
-        await self._subscribe()
-        await self.announcer.register()
-        log.info("%s is ready (%s, slot %d)", self.address.id, self.announcer.spec.role.value, self.announcer.spec.slot)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.leave)
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
+            work = await self._subscribe()
+            await self.announcer.register()
+            spec = self.announcer.spec
+            log.info("%s is ready (%s, slot %d)", self.address.id, spec.role.value, spec.slot)
             loops = [
                 tasks.create_task(self.reporter.report_forever(self.settings.load_interval_s)),
                 tasks.create_task(self.announcer.refresh_forever()),
@@ -149,17 +150,19 @@ class Worker:
                 tasks.create_task(self._watch_engine()),
             ]
             await self._leaving.wait()
-            await self._drain()
+            await self._drain(work)
             for task in loops:
                 task.cancel()
         await self.announcer.leave()
         await self.peers.close()
 
-    async def _subscribe(self) -> None:
-        me = self.address.id
-        await self.bus.subscribe(subjects.work(self.cluster, me), self._on_work)
-        await self.bus.subscribe(subjects.aborts(self.cluster, self.announcer.spec.model), self._on_abort)
+    async def _subscribe(self) -> Subscription:
+        """Returns the subscription for work."""
+        me, model = self.address.id, self.announcer.spec.model
+        await self.bus.subscribe(subjects.aborts(self.cluster, model), self._on_abort)
+        await self.bus.subscribe(subjects.lost(self.cluster, model), self._on_lost)
         await self.bus.subscribe(subjects.bounces(self.cluster, me), self._on_bounce)
+        return await self.bus.subscribe(subjects.work(self.cluster, me), self._on_work)
 
     def _on_work(self, message: Message) -> None:
         work = bus_pb2.WorkerMessage.FromString(message.data)
@@ -179,6 +182,10 @@ class Worker:
         abort = bus_pb2.Abort.FromString(message.data)
         choice = abort.choice if abort.HasField("choice") else None
         self.execution.abort(abort.id, abort.max_attempt, choice)
+
+    def _on_lost(self, message: Message) -> None:
+        lost = bus_pb2.WorkerLost.FromString(message.data)
+        self.handoffs.peer_lost(lost.worker, lost.incarnation, gone=lost.gone)
 
     def _on_bounce(self, message: Message) -> None:
         if not message.no_responders:
@@ -201,17 +208,28 @@ class Worker:
             if self.reporter.hung_for() > self.settings.engine_hang_s:
                 raise EngineFailed(f"the engine made no step for {self.settings.engine_hang_s:.0f} s with work pending")
 
-    async def _drain(self) -> None:
+    async def _drain(self, work: Subscription) -> None:
         log.info("draining: %d requests, %d handoffs", self.table.running, len(self.handoffs))
         self.execution.draining = True
         await self.announcer.change(draining=True)
         deadline = clock.monotonic() + self.settings.drain_timeout_s
+        await self._idle(deadline)
+        # Nobody listens from now on, so that the bus tells whoever still has something for us. Then once more: it may
+        # have come just before.
+        await work.unsubscribe()
+        await self._flush()
+        await self._idle(deadline)
+        self.outbox.flush()
+        await self._flush()
+
+    async def _idle(self, deadline: float) -> None:
         while self.table.running or len(self.handoffs):
             if clock.monotonic() > deadline:
                 log.error("leaving with %d requests and %d handoffs", self.table.running, len(self.handoffs))
-                break
-            await asyncio.sleep(0.05)
-        self.outbox.flush()
+                return
+            await asyncio.sleep(0.02)
+
+    async def _flush(self) -> None:
         with contextlib.suppress(BusUnavailable):
             await self.bus.flush(timeout_s=1.0)
 
