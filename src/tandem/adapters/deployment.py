@@ -17,6 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tandem.errors import ConfigError
 
 
+#: Names that become parts of process names and of paths.
+_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,7 +36,7 @@ class Pool(_Part):
     """Workers of one model that are alike."""
 
     role: PoolRole = Field(description="prefill, decode, or aggregated (both phases on each worker, no KV transfer)")
-    name: str = Field("", description="unique within the model; the role when empty")
+    name: Annotated[str, Field(pattern=_NAME)] = Field("", description="unique within the model; the role when empty")
     replicas: Annotated[int, Field(ge=0, le=512)] = Field(1, description="workers to start")
     engine: Literal["vllm", "sim"] = Field("vllm", description="vllm, or the simulated engine")
     engine_args: dict[str, Any] = Field(
@@ -122,7 +126,9 @@ class Liveness(_Part):
 
 class Deployment(_Part):
     version: Literal[1] = Field(1, description="of this schema")
-    cluster: str = Field("default", description="name space of subjects and keys")
+    cluster: Annotated[str, Field(pattern=_NAME, min_length=1)] = Field(
+        "default", description="name space of subjects and keys"
+    )
     http: Endpoint = Field(Endpoint(port=8000), description="the frontend's OpenAI API")
     grpc: Endpoint = Field(Endpoint(port=9000), description="the frontend's gRPC API")
     frontends: int = Field(1, ge=1, le=64, description="frontend processes; each next one takes the next ports")

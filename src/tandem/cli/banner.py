@@ -30,7 +30,7 @@ def banner(deployment: Deployment, state: ClusterState, took_s: float) -> str:
     model, http, grpc = deployment.models[0].name, state.http[0], state.grpc[0]
     chat = {"model": model, "messages": [{"role": "user", "content": _QUESTION}]}
     streamed = json.dumps({**chat, "stream": True})
-    python = sys.executable if not _is_local(sys.executable) else os.path.relpath(sys.executable)
+    python = os.path.relpath(sys.executable) if _is_local(sys.executable) else sys.executable
     lines = [
         "",
         f"Tandem is ready after {took_s:.1f} s: {describe(deployment)}",
@@ -42,7 +42,7 @@ def banner(deployment: Deployment, state: ClusterState, took_s: float) -> str:
         f"  grpcurl -plaintext -d '{json.dumps(chat)}' {grpc} tandem.v1.InferenceService/Chat",
     ]
     if _EXAMPLE.is_file():
-        lines.append(f"  {python} {_EXAMPLE} --target {grpc} --model {model} '{_QUESTION}'")
+        lines.append(f"  {python} {_EXAMPLE} '{_QUESTION}' --address {grpc}")
     lines += [f"  {_tandem()} chat", "", "Ctrl-C stops it.", ""]
     return "\n".join(lines)
 
