@@ -167,7 +167,8 @@ class Fleet:
     # --- what an idle fleet could do --------------------------------------------------------------------------------
 
     def idle_prefill_s(self, request: Request, cached: Mapping[str, int]) -> float:
-        """Inflated seconds of the prompt on the fastest worker, or on the one that has most of it; 0 = no workers."""
+        """Seconds of the prompt on the fastest worker, or on the one that has most of it: a lower bound, not inflated.
+        0 = no workers."""
         looked = [self._fastest_prefill] if self._fastest_prefill is not None else []
         if cached:
             most = self.views.get(max(cached, key=lambda worker: (cached[worker], worker)))
@@ -179,10 +180,10 @@ class Fleet:
             held = min(cached.get(view.id, 0), isl - 1)
             seconds = view.perf.prefill_s(isl - held, suffix_context(isl, held), view.spec.max_batched_tokens)
             best = seconds if not best else min(best, seconds)
-        return self._policy.inflation * best
+        return best
 
     def idle_step_s(self, isl_tokens: int) -> float:
-        """Inflated seconds of a decode step with this request alone; 0 = no workers."""
+        """Seconds of a decode step with this request alone, not inflated; 0 = no workers."""
         if self._fastest_decode is None:
             return 0.0
-        return self._policy.inflation * self._fastest_decode.perf.decode_step_s(1, isl_tokens)
+        return self._fastest_decode.perf.decode_step_s(1, isl_tokens)

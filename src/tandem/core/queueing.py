@@ -31,7 +31,7 @@ class Entry:
     request_class: RequestClass
     deadline: float
     tokens: int  # what it counts in queue depth and limits: uncached input + weighted expected output
-    prefill_s: float  # on an idle fleet, inflated
+    prefill_s: float  # on an idle fleet: a lower bound
     order: int  # of arrival here
     queued: bool = True  # False once it left for good; heaps drop it when they meet it
     parked: bool = False  # no worker of the fleet as it is could take it

@@ -47,7 +47,7 @@ def targets(
     idle_step_s: float,
     late: bool = False,
 ) -> Targets:
-    """``idle_prefill_s``, ``idle_step_s``: the best that an idle fleet could do for this request, inflated.
+    """``idle_prefill_s``, ``idle_step_s``: the best that an idle fleet could do for this request.
 
     ``late``: its SLO is lost already; ``idle_prefill_s`` then includes what it has waited, and the stretched target
     keeps it from pushing others aside.

@@ -124,9 +124,7 @@ def test_numbers_never_fall_below_zero_and_return_to_zero(drawn: list[tuple[str,
             worker.release(key, now)
         elif kind == "report":
             worker.report(
-                report(
-                    running_requests=number, pending_prefill_tokens=size, kv_blocks_used=size // 16, kv_tokens=size
-                ),
+                report(running_requests=number, pending_prefill_tokens=size, kv_blocks_used=size // 16, kv_tokens=size),
                 now,
             )
         held = worker.bookings.values()

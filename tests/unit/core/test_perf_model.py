@@ -16,7 +16,9 @@ from tandem.core.types import StepTiming
 TRUE = PROFILES["sim-h100-llama-70b-tp4"]
 
 
-def traffic(profile: Profile, count: int, seed: int = 0, noise: float = 0.03, outliers: float = 0.0) -> list[StepTiming]:
+def traffic(
+    profile: Profile, count: int, seed: int = 0, noise: float = 0.03, outliers: float = 0.0
+) -> list[StepTiming]:
     """Steps as an engine with exactly these terms would time them, noisy."""
     rng = random.Random(seed)
     steps = []
@@ -141,8 +143,22 @@ def test_profiles_name_their_source_and_error() -> None:
 
 
 #: NVIDIA AIC tables, ms: 70B on 4 H100. (new, cached) -> prefill; (batch, context) -> decode step.
-PREFILL_70B_TP4 = {(512, 0): 37.3, (1024, 0): 67.4, (4096, 0): 264, (8192, 0): 577, (1024, 4096): 70.8, (1024, 16384): 82.3}
-DECODE_70B_TP4 = {(1, 1024): 14.9, (32, 1024): 16.9, (256, 1024): 30.5, (1, 4096): 15.1, (64, 4096): 24.1, (256, 4096): 51.6}
+PREFILL_70B_TP4 = {
+    (512, 0): 37.3,
+    (1024, 0): 67.4,
+    (4096, 0): 264,
+    (8192, 0): 577,
+    (1024, 4096): 70.8,
+    (1024, 16384): 82.3,
+}
+DECODE_70B_TP4 = {
+    (1, 1024): 14.9,
+    (32, 1024): 16.9,
+    (256, 1024): 30.5,
+    (1, 4096): 15.1,
+    (64, 4096): 24.1,
+    (256, 4096): 51.6,
+}
 
 
 def test_the_h100_profile_stays_near_its_table() -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.unit.core.virtual_fleet import VirtualFleet, request, spec
 
 from tandem.core.policy import Policy, RequestClass
 from tandem.core.scheduler import Place, Refuse, Scheduler
 from tandem.core.types import RequestKey, Role, WorkerAddress, WorkerLoad, WorkerSpec
 from tandem.errors import ContextLengthExceeded, InvalidRequest, NoWorkers, Overloaded, QueueTimeout
+from tests.unit.core.virtual_fleet import VirtualFleet, request, spec
 
 SLOW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
