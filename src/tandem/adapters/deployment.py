@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tandem.errors import ConfigError
 
-
 #: Names that become parts of process names and of paths.
 _NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 
