@@ -366,7 +366,7 @@ async def test_user_and_password_by_options_and_by_url() -> None:
             await bus.flush(timeout_s=LONG_S)
             await bus.close()
         with pytest.raises(BusUnavailable, match=r"(?i)authorization"):
-            await NatsBus.connect(server.url, options=NatsOptions(user="u", password="no", connect_timeout_s=0.5))
+            await NatsBus.connect(server.url, options=NatsOptions(user="u", password="no", connect_timeout_s=2.0))
 
 
 def reload(server: NatsServer, extra: str) -> None:
