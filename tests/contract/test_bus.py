@@ -324,7 +324,7 @@ async def test_a_paused_server_loses_nothing_and_the_buffer_holds(server: NatsSe
 
 
 async def test_a_server_that_answers_no_ping_is_left(server: NatsServer) -> None:
-    bus = await NatsBus.connect(server.url, options=NatsOptions(ping_interval_s=0.05, attempt_timeout_s=0.2))
+    bus = await NatsBus.connect(server.url, options=NatsOptions(ping_interval_s=0.2, attempt_timeout_s=0.5))
     server.pause()
     await until(lambda: not bus.connected)
     server.resume()

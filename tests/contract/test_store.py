@@ -270,7 +270,7 @@ async def test_away_is_one_error_and_back_is_at_once(own_world: World) -> None:
 
 async def test_paused_redis_costs_a_deadline_and_nothing_after_it() -> None:
     async with RedisServer() as server:
-        client = await connect(server.url, timeout_s=0.1)
+        client = await connect(server.url, timeout_s=0.5)
         leases = RedisLeases(client, "c")
         assert await leases.acquire(MODEL, "r1", ttl_s=TTL_S, epoch_at_least=1) is not None
         server.pause()
