@@ -17,7 +17,7 @@ import pytest
 from tandem.core.types import FinishReason, SamplingParams
 from tandem.engine.protocol import EngineConfig, EngineOutput, EngineRequest, KvEvent, KvHandoff
 from tandem.engine.sim import SimEngine
-from tandem.errors import ConfigError, ContextLengthExceeded, HandoffFailed
+from tandem.errors import ConfigError, ContextLengthExceeded, HandoffFailed, InternalError
 
 BLOCK = 16
 PROMPT = tuple(range(100, 150))  # three full blocks and a bit
@@ -271,6 +271,16 @@ async def test_timings_and_time(engines: Engines) -> None:
     assert [t.kv_tokens for t in timings[2:]] == list(range(51, 60))
     assert engine.take_step_timings() == []
     assert engine.stats().steps == 11
+
+
+async def test_an_id_can_be_used_once_at_a_time(engines: Engines) -> None:
+    engine = await engines.start()
+    first, second = Collected(), Collected()
+    engine.submit(request("a"), first)
+    engine.submit(request("a"), second)
+    assert isinstance((await second.end()).error, InternalError)
+    await first.end()
+    assert len(first.tokens) == 40
 
 
 async def test_wrong_options_are_a_config_error() -> None:

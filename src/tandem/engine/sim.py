@@ -38,7 +38,15 @@ from tandem.enginemodel.engine_model import EngineModel
 from tandem.enginemodel.link import Link
 from tandem.enginemodel.sequence import ModelConfig, Output, Pull, StepResult
 from tandem.enginemodel.sequence import Sequence as ModelSequence
-from tandem.errors import ConfigError, ContextLengthExceeded, EngineFailed, HandoffFailed, InvalidRequest, TandemError
+from tandem.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    EngineFailed,
+    HandoffFailed,
+    InternalError,
+    InvalidRequest,
+    TandemError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -208,6 +216,8 @@ class SimEngine:
         """Give it to the model; TandemError if it cannot run here."""
         if self._dead.is_set():
             raise EngineFailed("the engine has stopped")
+        if request.request_id in self._live:
+            raise InternalError(f"request {request.request_id} is here already")
         if request.sampling.structured_output is not None:
             raise InvalidRequest("the simulated engine has no structured output", param="response_format")
         source = self._source(request) if request.handoff is not None else None
