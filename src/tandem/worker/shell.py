@@ -16,14 +16,16 @@ import os
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from tandem.adapters import clock
 from tandem.adapters.bus import Bus, Message, Subscription
-from tandem.adapters.deployment import Deployment, Model, Pool, PoolRole, read
+from tandem.adapters.deployment import Model, Pool, PoolRole, read
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
 from tandem.adapters.redis_store import RedisPrefixIndex, RedisRegistry, connect
+from tandem.adapters.store import PrefixIndex, Registry
 from tandem.core.types import Role, WorkerAddress, WorkerSpec
 from tandem.engine.factory import make_engine
 from tandem.engine.protocol import Engine, EngineConfig, EngineInfo, KvEvent
@@ -60,10 +62,26 @@ async def run(settings: WorkerSettings, role: Role) -> None:
         deliver: list[Callable[[Sequence[KvEvent]], None]] = [early.extend]
         await engine.start(lambda events: deliver[0](events))
         stack.push_async_callback(engine.stop)
-        worker = await stack.enter_async_context(_joined(settings, deployment, pool, role, worker_id, engine))
+        bus = await NatsBus.connect(settings.nats_url, name=worker_id)
+        stack.push_async_callback(bus.close)
+        redis = await connect(settings.redis_url)
+        stack.push_async_callback(redis.aclose)
+        cluster = deployment.cluster
+        stores = Stores(RedisRegistry(redis, cluster), RedisPrefixIndex(redis, cluster))
+        joined = joined_worker(settings, cluster, model, pool, role, worker_id, engine, bus, stores)
+        worker = await stack.enter_async_context(joined)
         deliver[0] = worker.announcer.on_kv_events
         worker.announcer.on_kv_events(early)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, worker.leave)
         await worker.serve()
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    registry: Registry
+    index: PrefixIndex
 
 
 class Worker:
@@ -134,9 +152,6 @@ class Worker:
         self._leaving.set()
 
     async def serve(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.leave)
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
             work = await self._subscribe()
@@ -235,40 +250,41 @@ class Worker:
 
 
 @contextlib.asynccontextmanager
-async def _joined(
-    settings: WorkerSettings, deployment: Deployment, pool: Pool, role: Role, worker_id: str, engine: Engine
+async def joined_worker(
+    settings: WorkerSettings,
+    cluster: str,
+    model: Model,
+    pool: Pool,
+    role: Role,
+    worker_id: str,
+    engine: Engine,
+    bus: Bus,
+    stores: Stores,
 ) -> AsyncIterator[Worker]:
-    """Bus, store and gRPC server around a started engine."""
-    model = deployment.model(settings.model)
-    cluster = deployment.cluster
-    async with contextlib.AsyncExitStack() as stack:
-        grpc_server = GrpcServer(settings.grpc_host, settings.grpc_port)
-        port = grpc_server.port
-        host = settings.advertise_host or settings.grpc_host
-        address = WorkerAddress(worker_id, clock.new_incarnation(), f"{host}:{port}")
-        bus = await NatsBus.connect(settings.nats_url, name=worker_id)
-        stack.push_async_callback(bus.close)
-        redis = await connect(settings.redis_url)
-        stack.push_async_callback(redis.aclose)
-        announcer = Announcer(
-            RedisRegistry(redis, cluster),
-            RedisPrefixIndex(redis, cluster),
+    """A worker around a started engine, its gRPC server up. ``serve`` makes it part of the cluster."""
+    grpc_server = GrpcServer(settings.grpc_host, settings.grpc_port)
+    host = settings.advertise_host or settings.grpc_host
+    address = WorkerAddress(worker_id, clock.new_incarnation(), f"{host}:{grpc_server.port}")
+    worker = Worker(
+        settings=settings,
+        cluster=cluster,
+        engine=engine,
+        bus=bus,
+        announcer=Announcer(
+            stores.registry,
+            stores.index,
             _spec(address, model, pool, role, engine.info),
             ttl_s=settings.registry_ttl_s,
-        )
-        worker = Worker(
-            settings=settings,
-            cluster=cluster,
-            engine=engine,
-            bus=bus,
-            announcer=announcer,
-            lease_s=model.kv_lease_s,
-            address=address,
-        )
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker.control, grpc_server.server)
-        await grpc_server.start(worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)
-        stack.push_async_callback(grpc_server.stop)
+        ),
+        lease_s=model.kv_lease_s,
+        address=address,
+    )
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker.control, grpc_server.server)
+    await grpc_server.start(worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)
+    try:
         yield worker
+    finally:
+        await grpc_server.stop()
 
 
 def _pool(model: Model, name: str) -> Pool:
