@@ -16,6 +16,8 @@ from tandem.adapters.deployment import Deployment, Model, Pool, PoolRole
 from tandem.adapters.settings import PREFIX
 
 LOOPBACK = "127.0.0.1"
+#: How long frontends let streams finish, and workers requests, when the cluster goes down. Somebody waits for it.
+DRAIN_S = 8.0
 
 
 class Kind(Enum):
@@ -109,6 +111,7 @@ def _worker(model: Model, pool: Pool, n: int, deployment: Deployment, around: Su
         "TANDEM_RUN_DIR": str(around.worker_dir(name)),
         "TANDEM_KV_HOST": LOOPBACK,
         "TANDEM_KV_PORT": str(around.free_port()),
+        "TANDEM_DRAIN_TIMEOUT_S": str(DRAIN_S),
     }
     # An aggregated worker is a decode worker that never gets a handoff.
     kind = Kind.PREFILL if pool.role is PoolRole.PREFILL else Kind.DECODE
@@ -132,7 +135,11 @@ def _slug(name: str) -> str:
 def _frontend(n: int, deployment: Deployment, around: Surroundings) -> Service:
     name = _numbered("frontend", n, deployment.frontends)
     http, grpc = deployment.http, deployment.grpc
-    own = {"TANDEM_HTTP_HOST": http.host, "TANDEM_HTTP_PORT": str(http.port + n)}
+    own = {
+        "TANDEM_HTTP_HOST": http.host,
+        "TANDEM_HTTP_PORT": str(http.port + n),
+        "TANDEM_DRAIN_TIMEOUT_S": str(DRAIN_S),
+    }
     env = around.env(name, grpc.host, grpc.port + n, **own)
     return Service(name, Kind.FRONTEND, env, grpc.host, grpc.port + n, http.host, http.port + n)
 

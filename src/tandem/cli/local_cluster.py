@@ -18,7 +18,7 @@ from tandem.adapters.embedded import ServerCommand, free_port, nats_command, red
 from tandem.adapters.processes import run_directly
 from tandem.adapters.readiness import Probe, grpc_serving, http_ok
 from tandem.adapters.supervision import Child, ProcessSpec, RestartPolicy, State, Supervisor
-from tandem.cli.cluster import LOOPBACK, Kind, Service, Surroundings, services_of
+from tandem.cli.cluster import DRAIN_S, LOOPBACK, Kind, Service, Surroundings, services_of
 from tandem.cli.launch import QUIET_ENGINE, ForkedWorkers
 from tandem.cli.rundir import DEPLOYMENT, ClusterState, ProcessState, RunDir
 
@@ -26,8 +26,8 @@ _SERVER_START_S = 10.0
 _SERVICE_START_S = 60.0
 #: A large model is read from disk first.
 _ENGINE_START_S = 600.0
-#: From SIGTERM to SIGKILL. Frontends let streams finish, workers what the frontends left behind.
-_GRACE_S = {Kind.FRONTEND: 10.0, Kind.PREFILL: 10.0, Kind.DECODE: 10.0, Kind.ROUTER: 5.0}
+#: From SIGTERM to SIGKILL: a drain, and time to leave after it.
+_GRACE_S = {Kind.FRONTEND: DRAIN_S + 4, Kind.PREFILL: DRAIN_S + 4, Kind.DECODE: DRAIN_S + 4, Kind.ROUTER: 5.0}
 _SERVER_GRACE_S = 5.0
 #: As nats-server marks it.
 _SERVER_TROUBLE = re.compile(r"\[(WRN|ERR|FTL)\]")
