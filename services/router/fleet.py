@@ -107,7 +107,8 @@ class Fleet:
             self._probe(member)
 
     def bus_in_doubt(self) -> bool:
-        return not self._bus.connected or self._now() - self._bus.reconnected_at < BUS_GRACE_S
+        settling = self._bus.stats.reconnects > 0 and self._now() - self._bus.reconnected_at < BUS_GRACE_S
+        return settling or not self._bus.connected
 
     # -- loops -----------------------------------------------------------------------------------------------------
 

@@ -108,7 +108,9 @@ class Execution:
         kv = KvHandoff(message.kv.handoff_id, message.kv.engine_id, message.kv.num_tokens, message.kv.params)
         running = self._admit(submit, message.assignment, bus_pb2.LEG_PREFILL)
         if running is None:
-            self._spawn(self._peers.release(message.prefill, kv, pulled=False))
+            # A repeated one is in hand: whoever took it gives it back. Any other is not wanted any more.
+            if self._table.get(codec.key_from_wire(submit.key)) is None:
+                self._spawn(self._peers.release(message.prefill, kv, pulled=False))
             return
         running.peer = message.prefill.id
         running.timings.CopyFrom(message.timings)

@@ -21,6 +21,8 @@ from tandem.v1 import bus_pb2, types_pb2, worker_pb2, worker_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+RELEASE_ATTEMPTS = 4
+
 
 @dataclass(slots=True)
 class OpenHandoff:
@@ -128,14 +130,18 @@ class Peers:
         return max(0.0, answer.lease_left_s - (self._now() - sent)) if answer.granted else 0.0
 
     async def release(self, peer: types_pb2.WorkerRef, handoff: KvHandoff, *, pulled: bool) -> None:
-        """Tells the producer; if it cannot be told, its lease ends the handoff."""
+        """Tells the producer, again if it hangs for a while; if it cannot be told, its lease ends the handoff."""
         request = worker_pb2.ReleaseHandoffRequest(
             handoff_id=handoff.handoff_id, engine_id=handoff.engine_id, pulled=pulled
         )
-        try:
-            await self._stub(peer).ReleaseHandoff(request, timeout=self._timeout_s)
-        except grpc.aio.AioRpcError as error:
-            log.warning("release at %s failed: %s", peer.id, error.code().name)
+        for _ in range(RELEASE_ATTEMPTS):
+            try:
+                await self._stub(peer).ReleaseHandoff(request, timeout=self._timeout_s)
+                return
+            except grpc.aio.AioRpcError as error:
+                log.warning("release at %s failed: %s", peer.id, error.code().name)
+                if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                    return
 
     def _stub(self, peer: types_pb2.WorkerRef) -> worker_pb2_grpc.WorkerServiceStub:
         name = (peer.grpc_address, peer.incarnation)

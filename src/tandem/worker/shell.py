@@ -205,7 +205,7 @@ class Worker:
     def _on_bounce(self, message: Message) -> None:
         if not message.no_responders:
             return
-        if clock.monotonic() - self.bus.reconnected_at < BUS_GRACE_S:
+        if self.bus.stats.reconnects and clock.monotonic() - self.bus.reconnected_at < BUS_GRACE_S:
             log.warning("no responders on %s so soon after a reconnect: not believed", message.subject)
             return
         self.execution.bounced(subjects.last_token(message.subject))
