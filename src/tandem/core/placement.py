@@ -58,6 +58,7 @@ class Inquiry:
     expected_osl: float
     reserve_tokens: int  # KV tokens to reserve on the decode worker
     avoid: frozenset[str] = frozenset()
+    credit_s: float = 0.2  # it starts on a worker that has less prefill pending than this
     guard_share: float = 1.0  # background: share of TPOT target and KV that it may fill
     reserved: Mapping[str, RequestKey] = field(default_factory=dict)  # decode workers held for somebody, by id
 

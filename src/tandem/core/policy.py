@@ -78,6 +78,7 @@ class Policy:
     output_weight: float = _knob(2.0, "an output token counts like this many uncached input tokens")
     share_window_s: float = _knob(10.0, "time over which a class's minimum share is measured, seconds")
     background_guard: float = _knob(0.7, "share of TPOT target and KV that background work may fill")
+    background_credit_s: float = _knob(0.02, "credit of background work that is not owed its share, seconds")
     recalls: int = _knob(0, "times that a background request may be called back before its first token; 0 = never")
 
     def __post_init__(self) -> None:

@@ -239,10 +239,10 @@ class Scheduler:
 
         InvalidRequest for an unknown class.
         """
-        entry = self._entry(request, cached)
-        decision = self._decide(self._inquiry(entry, now), now, rng=None)
+        inquiry = self._inquiry(self._entry(request, cached), now)
+        decision = self._decide(inquiry, now, rng=None)
         best = decision.best
-        if best is None or best.pending_s < self.policy.credit_s:
+        if best is None or best.pending_s < inquiry.credit_s:
             return decision.explanation(best)
         wait = f"; it would wait for credit: {best.first.id} has {1e3 * best.pending_s:.0f} ms of prefill pending"
         return decision.explanation(best, wait)
@@ -328,7 +328,9 @@ class Scheduler:
         policy = self.policy
         passed: list[Entry] = []
         passed_in: dict[tuple[str, str], int] = {}
-        while len(passed) < policy.scan_depth and self._fleet.anyone_open(now):
+        while len(passed) < policy.scan_depth:
+            if not self._fleet.anyone_open(now) and (passed or not policy.recalls):
+                break
             entry = self._queue.pop(now)
             if entry is None:
                 break
@@ -355,7 +357,7 @@ class Scheduler:
             if candidate is not None:
                 self._dispatch(job.entry, inquiry, decision, candidate, now, effects)
             elif decision.best is not None:
-                self._look_again(now + max(_MIN_WAKEUP_S, decision.best.pending_s - self.policy.credit_s))
+                self._look_again(now + max(_MIN_WAKEUP_S, decision.best.pending_s - inquiry.credit_s))
 
     def _try(self, entry: Entry, now: float, effects: list[Effect]) -> bool:
         """Places the entry (True), or refuses, parks or leaves it."""
@@ -375,21 +377,22 @@ class Scheduler:
         if decision.best is None:
             self._blocked(entry, inquiry, decision, now)
         else:
-            self._look_again(now + max(_MIN_WAKEUP_S, decision.best.pending_s - self.policy.credit_s))
+            if self._recall_for(entry, decision.best, now, effects):
+                return self._try(entry, now, effects)
+            self._look_again(now + max(_MIN_WAKEUP_S, decision.best.pending_s - inquiry.credit_s))
             if inquiry.waited_s < self.policy.hold_s:
                 self._look_again(now + self.policy.hold_s - inquiry.waited_s)
-            self._recall_for(entry, decision.best, now, effects)
         return False
 
     def _with_credit(self, decision: Decision, inquiry: Inquiry) -> Candidate | None:
         """The best plan if its first worker has credit; else, after ``hold_s``, the best that has and harms nobody."""
         best = decision.best
-        if best is None or best.pending_s < self.policy.credit_s:
+        if best is None or best.pending_s < inquiry.credit_s:
             return best
         if inquiry.waited_s >= self.policy.hold_s:
             for candidate in decision.candidates:
                 harmless = candidate.itl_of_target <= 1.0 or candidate.decode.idle
-                if candidate.pending_s < self.policy.credit_s and harmless:
+                if candidate.pending_s < inquiry.credit_s and harmless:
                     return candidate
         return None
 
@@ -408,6 +411,7 @@ class Scheduler:
             expected_osl=self._lengths.expected(request_class.name, request),
             reserve_tokens=request.isl_tokens + self._lengths.generous(request_class.name, request),
             avoid=self._avoid(request),
+            credit_s=self.policy.background_credit_s if guarded else self.policy.credit_s,
             guard_share=self.policy.background_guard if guarded else 1.0,
             reserved=self._fleet.reserved,
         )
@@ -498,10 +502,11 @@ class Scheduler:
             roomiest = max(free, key=lambda view: view.spec.kv_blocks_total - view.blocks_in_use)
             fleet.reserve(roomiest.id, request.key)
 
-    def _recall_for(self, entry: Entry, best: Candidate, now: float, effects: list[Effect]) -> None:
+    def _recall_for(self, entry: Entry, best: Candidate, now: float, effects: list[Effect]) -> bool:
         """Background work whose prefill blocks a foreground request makes way, if the policy lets it."""
+        before = len(effects)
         if not self.policy.recalls or entry.request_class.background:
-            return
+            return False
         for key in list(best.first.bookings):
             job = self._ledger.find(key)
             if job is None or job.plan is None or not job.entry.request_class.background:
@@ -509,6 +514,7 @@ class Scheduler:
             if job.state is State.PREFILLING and key.attempt < self.policy.recalls:
                 effects.append(Recall(job.request, job.plan))
                 self._close(key, Event.RECALL, now)
+        return len(effects) > before
 
     def _look_again(self, at: float | None) -> None:
         if at is not None and (self._retry_at is None or at < self._retry_at):

@@ -79,7 +79,7 @@ def test_every_request_ends_exactly_once_and_everything_returns(
         fleet.arrive(req)
         if fate == "abort":
             fleet.at(at + 0.3, lambda key=req.key: fleet.abort(key))  # type: ignore[misc]
-    fleet.run(until=1000.0)
+    fleet.drain()
     for key in keys:
         ends = [key in fleet.finished, key in fleet.refused, key in fleet.aborted]
         assert sum(ends) == 1 or (ends == [True, False, True]), (key, ends)
@@ -114,7 +114,7 @@ def test_the_same_inputs_give_the_same_decisions_whatever_the_order_of_registrat
             held = {f"d{i % 3}": 512, "p1": 256}
             cached = dict(sorted(held.items(), key=lambda item: item[0], reverse=workload.random() < 0.5))
             fleet.arrive(request(f"r{i}", isl=workload.randrange(600, 9000), at=workload.random() * 2), cached)
-        fleet.run(until=60.0)
+        fleet.drain()
         return [(k, p.plan.decode_worker, p.plan.prefill_worker, at) for k, (at, p) in fleet.placed.items()]
 
     assert decisions(lambda specs: None) == decisions(lambda specs: specs.reverse())
@@ -137,7 +137,7 @@ def test_no_worker_idles_while_a_request_waits_that_it_could_run(seed: int, pref
         fleet.arrive(
             request(f"r{i}", isl=workload.randrange(1000, 20000), osl=50, at=workload.random()), {"d0": 900, "p0": 900}
         )
-    fleet.run(until=300.0)
+    fleet.drain()
     assert len(fleet.finished) == 60
 
 

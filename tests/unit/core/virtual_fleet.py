@@ -101,16 +101,25 @@ class VirtualFleet:
         self._rng = random.Random(seed + 1)
         self._lose = lose
         self._report_every_s = report_every_s
+        self._work = 0  # events that are no reports
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._ids = itertools.count()
         for each in specs:
             self.scheduler.worker_up(each, self.now)
         if report_every_s:
-            self.at(start + report_every_s, self._reports)
+            self._push(start + report_every_s, self._reports)
 
     # --- what the test does -----------------------------------------------------------------------------------------
 
     def at(self, when: float, action: Callable[[], None]) -> None:
+        def work() -> None:
+            self._work -= 1
+            action()
+
+        self._work += 1
+        self._push(when, work)
+
+    def _push(self, when: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._ids), action))
 
     def submit(self, req: Request, cached: Mapping[str, int] | None = None, output: int | None = None) -> None:
@@ -155,9 +164,15 @@ class VirtualFleet:
         if self.after_poll is not None:
             self.after_poll(self)
 
-    def run(self, until: float) -> None:
+    def drain(self, limit: float = 2000.0) -> None:
+        """Until nothing is left to happen but reports."""
+        self.run(limit, only_work=True)
+
+    def run(self, until: float, *, only_work: bool = False) -> None:
         self.poll()
         while True:
+            if only_work and not self._work and not self.scheduler.queued():
+                return
             wake = self.scheduler.next_wakeup(self.now)
             event = self._events[0][0] if self._events else None
             times = [t for t in (wake, event) if t is not None]
@@ -240,5 +255,5 @@ class VirtualFleet:
                 kv_blocks_total=server.spec.kv_blocks_total,
                 kv_tokens=16 * sum(server.held_blocks.values()),
             )
-            self.at(self.now + 0.05, lambda load=load: self.scheduler.worker_load(load, self.now))  # type: ignore[misc]
-        self.at(self.now + self._report_every_s, self._reports)
+            self._push(self.now + 0.05, lambda load=load: self.scheduler.worker_load(load, self.now))  # type: ignore[misc]
+        self._push(self.now + self._report_every_s, self._reports)
