@@ -140,6 +140,11 @@ class ModelRouter:
     def policy_json(self) -> str:
         return json.dumps(asdict(self.scheduler.policy), sort_keys=True)
 
+    @property
+    def kept(self) -> int:
+        """Requests of which anything is kept here."""
+        return len(self._submitted)
+
     # -- from frontends --------------------------------------------------------------------------------------------
 
     def _on_submit(self, message: Message) -> None:

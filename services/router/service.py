@@ -73,6 +73,32 @@ class RouterControl(router_pb2_grpc.RouterServiceServicer):
         ]
         return router_pb2.GetLeadersResponse(leaders=leaders)
 
+    async def GetAccounting(
+        self, request: router_pb2.GetAccountingRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> router_pb2.GetAccountingResponse:
+        router = await self._router(request.model, context)
+        snapshot = router.scheduler.snapshot(self._now())
+        queue = snapshot.queue_by_class.values()
+        return router_pb2.GetAccountingResponse(
+            queued=sum(depth.requests for depth in queue),
+            queued_tokens=sum(depth.tokens for depth in queue),
+            oldest_wait_s=snapshot.oldest_wait_s,
+            in_flight=snapshot.in_flight,
+            kept=router.kept,
+            workers=[
+                router_pb2.Booked(
+                    worker=worker.id,
+                    in_flight=worker.in_flight,
+                    pending_prefill_s=worker.pending_prefill_s,
+                    kv_blocks_in_use=worker.kv_blocks_in_use,
+                    kv_blocks_total=worker.kv_blocks_total,
+                    sequences=worker.sequences,
+                    model_error=worker.model_error,
+                )
+                for worker in snapshot.workers
+            ],
+        )
+
     async def _router(self, model: str, context: grpc.aio.ServicerContext[Any, Any]) -> ModelRouter:
         router = self._routers.get(model)
         if router is None:

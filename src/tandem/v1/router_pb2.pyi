@@ -112,3 +112,43 @@ class GetLeadersResponse(_message.Message):
     LEADERS_FIELD_NUMBER: _ClassVar[int]
     leaders: _containers.RepeatedCompositeFieldContainer[Leader]
     def __init__(self, leaders: _Optional[_Iterable[_Union[Leader, _Mapping]]] = ...) -> None: ...
+
+class GetAccountingRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class Booked(_message.Message):
+    __slots__ = ("worker", "in_flight", "pending_prefill_s", "kv_blocks_in_use", "kv_blocks_total", "sequences", "model_error")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    PENDING_PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_IN_USE_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_ERROR_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    in_flight: int
+    pending_prefill_s: float
+    kv_blocks_in_use: int
+    kv_blocks_total: int
+    sequences: int
+    model_error: float
+    def __init__(self, worker: _Optional[str] = ..., in_flight: _Optional[int] = ..., pending_prefill_s: _Optional[float] = ..., kv_blocks_in_use: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., sequences: _Optional[int] = ..., model_error: _Optional[float] = ...) -> None: ...
+
+class GetAccountingResponse(_message.Message):
+    __slots__ = ("queued", "queued_tokens", "oldest_wait_s", "in_flight", "kept", "workers")
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_WAIT_S_FIELD_NUMBER: _ClassVar[int]
+    IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
+    queued: int
+    queued_tokens: int
+    oldest_wait_s: float
+    in_flight: int
+    kept: int
+    workers: _containers.RepeatedCompositeFieldContainer[Booked]
+    def __init__(self, queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., oldest_wait_s: _Optional[float] = ..., in_flight: _Optional[int] = ..., kept: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[Booked, _Mapping]]] = ...) -> None: ...

@@ -55,6 +55,11 @@ class RouterServiceStub:
                 request_serializer=tandem_dot_v1_dot_router__pb2.GetLeadersRequest.SerializeToString,
                 response_deserializer=tandem_dot_v1_dot_router__pb2.GetLeadersResponse.FromString,
                 _registered_method=True)
+        self.GetAccounting = channel.unary_unary(
+                '/tandem.v1.RouterService/GetAccounting',
+                request_serializer=tandem_dot_v1_dot_router__pb2.GetAccountingRequest.SerializeToString,
+                response_deserializer=tandem_dot_v1_dot_router__pb2.GetAccountingResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServiceServicer:
@@ -86,6 +91,13 @@ class RouterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetAccounting(self, request, context):
+        """What this router counts on, by its own accounting: what waits here, and what it has placed and not seen end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +120,11 @@ def add_RouterServiceServicer_to_server(servicer, server):
                     servicer.GetLeaders,
                     request_deserializer=tandem_dot_v1_dot_router__pb2.GetLeadersRequest.FromString,
                     response_serializer=tandem_dot_v1_dot_router__pb2.GetLeadersResponse.SerializeToString,
+            ),
+            'GetAccounting': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAccounting,
+                    request_deserializer=tandem_dot_v1_dot_router__pb2.GetAccountingRequest.FromString,
+                    response_serializer=tandem_dot_v1_dot_router__pb2.GetAccountingResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class RouterService:
             '/tandem.v1.RouterService/GetLeaders',
             tandem_dot_v1_dot_router__pb2.GetLeadersRequest.SerializeToString,
             tandem_dot_v1_dot_router__pb2.GetLeadersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAccounting(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.v1.RouterService/GetAccounting',
+            tandem_dot_v1_dot_router__pb2.GetAccountingRequest.SerializeToString,
+            tandem_dot_v1_dot_router__pb2.GetAccountingResponse.FromString,
             options,
             channel_credentials,
             insecure,
