@@ -201,7 +201,7 @@ class Fleet:
         if self.members.get(member.spec.id) is not member or member.heard_at != heard_at:
             return
         silent = self._silent_s(member)
-        gone = code is grpc.StatusCode.UNAVAILABLE
+        gone = code is grpc.StatusCode.UNAVAILABLE and await _refuses(member.spec.address.grpc_address)
         if gone or silent > self._liveness.dead_s:
             self._remove(member, f"health {code.name}, silent for {silent:.1f} s", gone=gone)
         elif silent > self._hop_timeout_s:
@@ -226,3 +226,18 @@ class Fleet:
         del self.members[address.id]
         self._dead.add((address.id, address.incarnation))
         self._listener.lost(Loss(address.id, address.incarnation, why, gone))
+
+
+async def _refuses(address: str) -> bool:
+    """Whether nobody listens there: the process is gone. A stopped process's kernel goes on to accept, and gRPC calls
+    both of them UNAVAILABLE."""
+    host, _, port = address.rpartition(":")
+    try:
+        async with asyncio.timeout(1.0):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return False
