@@ -13,13 +13,15 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
     done; echo python3)
 PY := .venv/bin/python
 SETUP = $(firstword $(wildcard $(PY)) $(PYTHON)) scripts/setup.py
+# The quick ones first; one session, so that all tests with a real engine share one import of it.
+SUITES := $(wildcard $(addprefix tests/,unit contract integration chaos e2e))
 ENGINE_FLAG := $(if $(filter sim,$(ENGINE)),--engine sim)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev up test check unit contract integration e2e proto docs lock format clean
+.PHONY: help setup setup-dev up test check unit contract integration chaos e2e proto docs lock format clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z -]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-38s %s\n", $$1, $$2}'
 
 setup:  ## .venv with pinned packages, and the model
 	@$(SETUP) --engine $(ENGINE)
@@ -32,12 +34,12 @@ up: setup  ## start a cluster in the foreground; Ctrl-C ends it
 
 test: setup-dev  ## checks, then all tests, the quick ones first
 	@$(PY) scripts/check.py
-	@$(PY) -m pytest tests/unit tests/contract tests/integration tests/e2e
+	@$(PY) -m pytest $(SUITES)
 
 check: setup-dev  ## ruff, mypy, import-linter, buf, generated code and pages up to date
 	@$(PY) scripts/check.py
 
-unit contract integration e2e: setup-dev  ## one test suite
+unit contract integration chaos e2e: setup-dev  ## one test suite
 	@$(PY) -m pytest tests/$@
 
 proto: setup-dev  ## generate src/tandem/v1 from proto/
