@@ -27,7 +27,7 @@ _CHANNEL = (
     ("grpc.enable_http_proxy", 0),  # control traffic stays in the cluster
     ("grpc.use_local_subchannel_pool", 1),  # a restarted peer does not inherit its predecessor's back-off
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # gRPC's name for how long one attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 _STATUS = health_pb2.HealthCheckResponse

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tandem.adapters.store import PrefixIndex, Registry
 from tandem.core.blocks import root_hash
@@ -27,6 +27,8 @@ GATHER_S = 0.01
 BATCH_BLOCKS = 2000
 #: Prompts in a row of which less was cached than the index said.
 OVER_REPORTS = 2
+#: Between two announcements of everything for that reason: a cache under pressure evicts faster than an index can tell.
+SUSPICION_S = 60.0
 
 
 class Announcer:
@@ -37,6 +39,7 @@ class Announcer:
         spec: WorkerSpec,
         *,
         ttl_s: float,
+        now: Callable[[], float],
     ) -> None:
         self._registry = registry
         self._index = index
@@ -48,6 +51,8 @@ class Announcer:
         self._wake = asyncio.Event()
         self._all_again = False
         self._over_reports = 0
+        self._now = now
+        self._suspected_at = -SUSPICION_S
         self.complete = True
 
     # -- from the engine -------------------------------------------------------------------------------------------
@@ -75,8 +80,9 @@ class Announcer:
         if told <= 0:
             return
         self._over_reports = self._over_reports + 1 if told - found > self.spec.block_size else 0
-        if self._over_reports >= OVER_REPORTS:
-            self._over_reports = 0
+        now = self._now()
+        if self._over_reports >= OVER_REPORTS and now - self._suspected_at >= SUSPICION_S:
+            self._over_reports, self._suspected_at = 0, now
             log.warning("the prefix index says more than is here: announcing everything again")
             self.announce_all()
 

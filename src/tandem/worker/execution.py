@@ -208,7 +208,7 @@ class Execution:
             priority=assignment.priority,
         )
         if not self._table.admit(running):
-            log.info("dropped a repeated or cancelled request %s", running.engine_id)
+            log.debug("dropped a repeated or cancelled request %s", running.engine_id)
             return None
         self._outbox.placed(submit.frontend, submit.rid, leg)
         self._event(running, bus_pb2.PHASE_ACCEPTED)

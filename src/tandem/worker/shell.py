@@ -275,6 +275,7 @@ async def joined_worker(
             stores.index,
             _spec(address, model, pool, role, engine.info),
             ttl_s=settings.registry_ttl_s,
+            now=clock.monotonic,
         ),
         lease_s=model.kv_lease_s,
         address=address,
