@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 SWEEP_S = 0.1
 #: For this long after a reconnect of the bus, peers that live may not be back yet (seen: 1.5 s).
 SETTLING_S = 3.0
+#: No sweep for so long: this process was stopped, or its machine was.
+STOPPED_S = 1.0
 
 
 class Cluster:
@@ -60,6 +62,7 @@ class Cluster:
         self._performing = False
         self._connected_at = self._first_connected_at = 0.0
         self._gone_since: float | None = None
+        self._swept_at = now()
         #: Called at each sweep with the time: whoever else has clocks to watch.
         self.on_sweep: Callable[[float], None] = lambda now: None
 
@@ -149,6 +152,11 @@ class Cluster:
 
     def sweep(self) -> None:
         now = self._now()
+        stopped, self._swept_at = now - self._swept_at > STOPPED_S, now
+        if stopped:
+            # What others said meanwhile has yet to be read: no silence counts that we did not listen to.
+            self._table.leaders.bus_is_back(now)
+            return
         connected = self._bus.connected
         if not connected:
             if self._gone_since is None:

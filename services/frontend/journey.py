@@ -335,7 +335,7 @@ class Journey:
             return self._end_stopped(None)
         if self.state not in (State.SUBMITTED, State.PLACED):
             return None
-        if isinstance(error, errors.UnknownRequest) and self.holder not in (None, worker):
+        if isinstance(error, errors.UnknownRequest) and self.holder is not None and self.holder.id != worker.id:
             return None  # asked the wrong one: it has moved on since
         if isinstance(error, errors.NoLeader):
             self._leaders.gone(self.order.model, worker.id)
