@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
@@ -213,6 +214,7 @@ def main() -> NoReturn:
     die_with_parent(parent_pid)
     channel = socket.socket(fileno=fd)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; two engines' threads would fight
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     began = time.monotonic()
     try:
         _import_all(PRELOAD[preload])

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_events import KVEventBatch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlBaseConnector, NixlPullConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
@@ -117,6 +118,16 @@ class _StepAccounting(_AnyScheduler):
             if request is not None and _is_held(request):
                 self.connector.release(request_id)
         return super().finish_requests(ids, finished_status)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """vLLM publishes events with steps only, and an idle engine makes none; where it cannot reset, it raises."""
+        try:
+            reset: bool = super().reset_prefix_cache(*args, **kwargs)
+        except RuntimeError:
+            reset = False
+        if events := self.kv_cache_manager.take_events():
+            self.kv_event_publisher.publish(KVEventBatch(ts=time.time(), events=events))
+        return reset
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         began = time.monotonic()

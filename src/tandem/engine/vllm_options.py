@@ -57,7 +57,10 @@ def environment(config: EngineConfig, options: VllmOptions, kv_port: int) -> tup
         "OMP_NUM_THREADS": "1",  # engines share the cores; two of them with spinning teams are ten times slower
         "VLLM_HOST_IP": config.kv_host,
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        # Libraries that talk a lot while they start; what goes wrong later, the adapter says.
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "NIXL_LOG_LEVEL": "WARN",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "HF_HUB_OFFLINE": "1",  # models are folders
         "UCX_TLS": options.ucx_tls,
         "UCX_RCACHE_MAX_UNRELEASED": "1024",  # vLLM's own advice against a leak of UCX
@@ -78,8 +81,8 @@ def engine_args(config: EngineConfig, own: dict[str, Any], *, cpu: bool, parent_
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
         "disable_log_stats": True,  # our own logger still gets them; vLLM's prints lines
+        "use_tqdm_on_load": False,
         "generation_config": "vllm",  # sampling defaults are the frontend's business
-        "scheduler_cls": "tandem.engine.vllm_core." + ("StepScheduler" if cpu else "AsyncStepScheduler"),
         "worker_extension_cls": "tandem.engine.vllm_core.WorkerExtension",
     }
     if cpu:
