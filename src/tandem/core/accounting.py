@@ -85,7 +85,7 @@ class WorkerView:
     __slots__ = (
         "_dispatched", "_lag", "_peak_blocks", "_peak_kv", "_peak_seqs", "_peak_tokens", "_prefilling",
         "_progress_from", "_reading", "_reading_at", "_recent_tokens", "_report", "_rho", "_rho_at", "bookings",
-        "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens", "foreign_sequences", "foreign_tokens",
+        "capacity_tokens", "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens", "foreign_sequences", "foreign_tokens",
         "id", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf", "role", "spec",
         "suspect", "transfer_bytes",
     )  # fmt: skip
@@ -93,6 +93,8 @@ class WorkerView:
     def __init__(self, spec: WorkerSpec, perf: PerfModel, lag: float) -> None:
         self.id = spec.id
         self.spec = spec
+        #: Prompt and output tokens of one request that fit when the worker is idle.
+        self.capacity_tokens = min(spec.max_model_len, spec.kv_blocks_total * spec.block_size)
         self.role = spec.role
         self.draining = spec.draining
         self.suspect = False

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tandem.core.accounting import WorkerView
-from tandem.core.placement import capacity_tokens, unfit
+from tandem.core.placement import unfit
 from tandem.core.policy import Policy, RequestClass
 from tandem.core.queueing import Entry, FairCounters, FairQueue
 from tandem.core.types import Request, Role
@@ -40,7 +40,7 @@ def check_feasible(request: Request, workers: Iterable[WorkerView]) -> None:
     for view in workers:
         if view.role is Role.DECODE and view.spec.model == request.model:
             found = True
-            longest = max(longest, capacity_tokens(view))
+            longest = max(longest, view.capacity_tokens)
     if not found:
         raise NoWorkers(f"no worker of model {request.model!r} can decode at the moment", retry_after_s=1.0)
     if request.isl_tokens >= longest:

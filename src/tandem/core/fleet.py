@@ -160,9 +160,12 @@ class Fleet:
     def reserve(self, worker: str, key: RequestKey) -> None:
         self.reserved[worker] = key
 
-    def release_reservation(self, key: RequestKey) -> None:
-        for worker in [w for w, k in self.reserved.items() if k == key]:
+    def release_reservation(self, key: RequestKey) -> bool:
+        """Whether there was one."""
+        held = [worker for worker, holder in self.reserved.items() if holder == key]
+        for worker in held:
             del self.reserved[worker]
+        return bool(held)
 
     # --- what an idle fleet could do --------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class Policy:
     kv_guard: float = _knob(0.95, "share of a decode worker's KV above which a plan's score rises")
     default_tpot_s: float = _knob(0.1, "TPOT that placement aims at where no SLO is given, seconds")
     target_slack: float = _knob(2.0, "a target without an SLO is at least this multiple of what an idle fleet can do")
-    exact_candidates: int = _knob(12, "decode workers scored exactly; above it a cheap filter picks them")
+    exact_candidates: int = _knob(8, "workers of a role scored exactly; above it a cheap filter picks them")
     local_prefill: bool = _knob(True, "decode workers may prefill by themselves where a prefill worker could do it")
     remote_prefill: bool = _knob(True, "prefill workers may prefill for decode workers")
     # late binding

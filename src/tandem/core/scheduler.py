@@ -76,6 +76,7 @@ class Scheduler:
         self._no_decoders_since: float | None = None
         self._openings = 0  # of the fleet, at the last scan
         self._stirred = False  # something has happened since the last fruitless scan
+        self._room_wanted = False  # the last scan passed over somebody who had no room on some worker
         self._retry_at: float | None = None  # time alone may make a scan fruitful then
 
     def reconfigure(self, policy: Policy) -> None:
@@ -221,7 +222,7 @@ class Scheduler:
             self._stirred = True
         if len(self._queue) and self._worth_a_scan(now):
             self._retry_at = None
-            self._stirred = False
+            self._stirred = self._room_wanted = False
             self._place_reserved(now, effects)
             self._scan(now, effects)
         return effects
@@ -356,7 +357,9 @@ class Scheduler:
             candidate = self._with_credit(decision, inquiry)
             if candidate is not None:
                 self._dispatch(job.entry, inquiry, decision, candidate, now, effects)
-            elif decision.best is not None:
+                continue
+            self._room_wanted = True
+            if decision.best is not None:
                 self._look_again(now + max(_MIN_WAKEUP_S, decision.best.pending_s - inquiry.credit_s))
 
     def _try(self, entry: Entry, now: float, effects: list[Effect]) -> bool:
@@ -374,6 +377,7 @@ class Scheduler:
         if candidate is not None:
             self._dispatch(entry, inquiry, decision, candidate, now, effects)
             return True
+        self._room_wanted |= len(decision.excluded) > len(self._fleet.set_aside)
         if decision.best is None:
             self._blocked(entry, inquiry, decision, now)
         else:
@@ -569,13 +573,14 @@ class Scheduler:
         if job.plan is not None:
             for view in self._views(job.plan.prefill_worker, job.plan.decode_worker):
                 view.release(key, now)
+                self._stirred |= view.idle  # an idle worker takes what a busy one may not
 
     def _dequeue(self, entry: Entry) -> None:
         if entry.queued:
             self._queue.remove(entry)
             self._backlog.remove(entry)
-            self._fleet.release_reservation(entry.request.key)
-            self._stirred = True
+            if self._fleet.release_reservation(entry.request.key):
+                self._stirred = True
 
     def _settle(self, job: Job, input_tokens: float, output_tokens: float) -> None:
         difference = job.settle(input_tokens, output_tokens)
@@ -583,11 +588,12 @@ class Scheduler:
             self._queue.charge(job.request.tenant, difference)
 
     def _views(self, *workers: str | None) -> list[WorkerView]:
-        """Those that are still there; they are about to change, and so may what can be placed."""
+        """Those that are still there. They are about to give something back: credit shows by itself, KV room and seats
+        matter when somebody waits for them."""
         views = [self._fleet.views[worker] for worker in workers if worker is not None and worker in self._fleet.views]
         for view in views:
             self._fleet.touch(view)
-        self._stirred = True
+        self._stirred |= self._room_wanted
         return views
 
     # --- readings ---------------------------------------------------------------------------------------------------
