@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,16 +15,7 @@ from typing import Any
 import psutil
 import yaml
 
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
+from tandem.adapters.embedded import free_port
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
@@ -42,7 +32,7 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
 class Cluster:
     def __init__(self, deployment: dict[str, Any], folder: Path, *arguments: str) -> None:
         self.folder = folder
-        self.http_port, self.grpc_port = free_ports(2)
+        self.http_port, self.grpc_port = free_port(), free_port()
         self.deployment_file = folder / "deployment.yaml"
         self.write(deployment)
         self._arguments = arguments

@@ -10,8 +10,11 @@ Both servers bind loopback only and die with their parent. A taken port or a mis
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -27,7 +30,7 @@ from typing import Self
 
 from tandem.adapters.clock import monotonic
 from tandem.adapters.parent_death import die_with_parent
-from tandem.errors import ConfigError, TimedOut
+from tandem.errors import ConfigError, StartFailed, TimedOut
 
 HOST = "127.0.0.1"
 MAX_PAYLOAD = 8 * 1024 * 1024
@@ -47,11 +50,20 @@ class ServerCommand:
     ready: Callable[[], Awaitable[bool]]
 
 
+#: Below the ports that the kernel gives to outgoing connections, which would take one of ours while its process is
+#: not there to hold it.
+_PORTS = range(20_000, 32_000)
+_turns = itertools.count(secrets.randbelow(len(_PORTS)))
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nobody listens on right now; another one at each call."""
+    for turn in itertools.islice(_turns, len(_PORTS)):
+        port = _PORTS[turn % len(_PORTS)]
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise StartFailed(f"no free port of {HOST} from {_PORTS.start} to {_PORTS.stop - 1}")
 
 
 def check_port(name: str, port: int) -> None:
