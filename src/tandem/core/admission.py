@@ -16,18 +16,20 @@ counted pessimistically. It holds if nothing else arrives meanwhile. 0 = no wait
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tandem.core.accounting import WorkerView
+from tandem.core.backlog import Backlog
+from tandem.core.demand import OutputLengths
+from tandem.core.fleet import Fleet
 from tandem.core.placement import unfit
-from tandem.core.policy import Policy, RequestClass
+from tandem.core.policy import Policy, RequestClass, Tenant
 from tandem.core.queueing import Entry, FairCounters, FairQueue
+from tandem.core.slo import Targets, deadline_s, targets
 from tandem.core.types import Request, Role
-from tandem.errors import ContextLengthExceeded, NoWorkers, Overloaded
+from tandem.errors import ContextLengthExceeded, DeadlineInfeasible, InvalidRequest, NoWorkers, Overloaded
 
 _MIN_RETRY_S, _MAX_RETRY_S = 0.1, 600.0
-#: Deadlines are told apart to this many seconds.
-_BUCKET_S = 0.25
 
 
 def check_feasible(request: Request, workers: Iterable[WorkerView]) -> None:
@@ -69,89 +71,8 @@ def over_limit(entry: Entry, queue: FairQueue, counters: FairCounters, policy: P
     return excess if held and held + entry.tokens > fair else 0
 
 
-def overloaded(
-    entry: Entry, queue: FairQueue, excess: int, backlog: Backlog, servers: int, policy: Policy
-) -> Overloaded:
-    """The refusal of an entry that exceeds the queue limit by ``excess`` tokens."""
-    waiting = queue.tokens_up_to(entry.request_class.rank)
-    drain_s = backlog.total_s(entry.request_class.rank) / max(1, servers)
-    return Overloaded(
-        f"{waiting} tokens wait already, and the limit is {policy.queue_limit_tokens}",
-        retry_after_s=bounded_retry_s(drain_s * excess / waiting),
-    )
-
-
-def bounded_retry_s(seconds: float) -> float:
+def _bounded_retry_s(seconds: float) -> float:
     return min(_MAX_RETRY_S, max(_MIN_RETRY_S, seconds))
-
-
-class _Due:
-    """Seconds of prefill by deadline."""
-
-    __slots__ = ("_latest", "_seconds")
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-        self._latest: dict[int, float] = {}  # deadline that was ever put into the bucket while it was not empty
-
-    def change(self, deadline: float, seconds: float) -> None:
-        bucket = int(deadline / _BUCKET_S)
-        left = self._seconds.get(bucket, 0.0) + seconds
-        if left > 1e-9:
-            self._seconds[bucket] = left
-            self._latest[bucket] = max(deadline, self._latest.get(bucket, deadline))
-        else:
-            self._seconds.pop(bucket, None)
-            self._latest.pop(bucket, None)
-
-    def total(self) -> float:
-        return sum(self._seconds.values())
-
-    def surely_before(self, deadline: float) -> float:
-        """Of earlier buckets, and of the same one if all of it is due no later."""
-        due = int(deadline / _BUCKET_S)
-        before = sum(seconds for bucket, seconds in self._seconds.items() if bucket < due)
-        if self._latest.get(due, deadline + 1.0) <= deadline:
-            before += self._seconds[due]
-        return before
-
-    def __bool__(self) -> bool:
-        return bool(self._seconds)
-
-
-class Backlog:
-    """Seconds of prefill that wait, by class, tenant and deadline: what is ahead of a newcomer."""
-
-    def __init__(self, classes: Iterable[RequestClass]) -> None:
-        self._ranks = {c.name: c.rank for c in classes}
-        self._by_class = {name: _Due() for name in self._ranks}
-        self._by_tenant: dict[tuple[str, str], _Due] = {}
-
-    def add(self, entry: Entry) -> None:
-        self._change(entry, entry.prefill_s)
-
-    def remove(self, entry: Entry) -> None:
-        self._change(entry, -entry.prefill_s)
-
-    def _change(self, entry: Entry, seconds: float) -> None:
-        lane = (entry.request_class.name, entry.request.tenant)
-        of_tenant = self._by_tenant.setdefault(lane, _Due())
-        for due in (self._by_class[entry.request_class.name], of_tenant):
-            due.change(entry.deadline, seconds)
-        if not of_tenant:
-            del self._by_tenant[lane]
-
-    def total_s(self, rank: int) -> float:
-        """Of classes of this rank or better."""
-        return sum(due.total() for name, due in self._by_class.items() if self._ranks[name] <= rank)
-
-    def surely_ahead_s(self, entry: Entry, tenant_share: float) -> float:
-        """At least this much is served before the entry: what is due earlier in its class, but no more than its own
-        tenant's fair share lets others have. ``tenant_share``: of the service, as long as all wait."""
-        everyone = self._by_class[entry.request_class.name].surely_before(entry.deadline)
-        own = self._by_tenant.get((entry.request_class.name, entry.request.tenant))
-        ours = own.surely_before(entry.deadline) if own is not None else 0.0
-        return min(everyone, ours / max(tenant_share, 1e-6))
 
 
 class RefusalCap:
@@ -177,3 +98,111 @@ class RefusalCap:
     def refused(self, isl_tokens: int) -> None:
         length = isl_tokens.bit_length()
         self._refused[length] = self._refused.get(length, 0.0) + 1.0
+
+
+class Admission:
+    """Turns requests into queue entries, or refuses them; says what an entry aims at."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        classes: Mapping[str, RequestClass],
+        tenants: Mapping[str, Tenant],
+        fleet: Fleet,
+        queue: FairQueue,
+        counters: FairCounters,
+    ) -> None:
+        self._policy = policy
+        self._classes = classes
+        self._default_class = next(iter(classes))
+        self._tenants = tenants
+        self._fleet = fleet
+        self._queue = queue
+        self._counters = counters
+        self.lengths = OutputLengths(policy)
+        self.backlog = Backlog(classes.values())
+        self._cap = RefusalCap(policy.refusal_cap)
+        self._order = 0
+
+    def entry(self, request: Request, cached: Mapping[str, int]) -> Entry:
+        """InvalidRequest for an unknown class."""
+        request_class = self._class_of(request)
+        fresh = request.isl_tokens - min(request.isl_tokens, max(cached.values(), default=0))
+        output = self.lengths.expected(request_class.name, request)
+        self._order += 1
+        return Entry(
+            request=request,
+            cached=cached,
+            request_class=request_class,
+            deadline=deadline_s(request, request_class),
+            tokens=fresh + int(self._policy.output_weight * output),
+            prefill_s=self._fleet.idle_prefill_s(request, cached),
+            order=self._order,
+        )
+
+    def admit(self, entry: Entry, now: float) -> None:
+        """Raises what the entry is refused for; marks it late if it is to run behind the rest."""
+        check_feasible(entry.request, self._fleet.ordered)
+        excess = over_limit(entry, self._queue, self._counters, self._policy)
+        if excess:
+            raise self._overloaded(entry, excess)
+        goal = self.targets(entry, now)
+        if not goal.binding:
+            return
+        self._cap.offer(entry.request.isl_tokens)
+        ahead = self.backlog.surely_ahead_s(entry, self._queue.share_of(entry.request.tenant))
+        servers = max(1, len(self._fleet.decoders) + len(self._fleet.prefillers))
+        if self.cannot_meet(entry, goal, now, ahead / servers):
+            if self.refuses_late(entry):
+                raise self.late_error(entry, goal)
+            entry.late = True
+
+    def targets(self, entry: Entry, now: float) -> Targets:
+        request = entry.request
+        idle_step_s = self._fleet.idle_step_s(request.isl_tokens)
+        late_s = max(0.0, now - request.arrival_s) if entry.late else 0.0
+        return targets(request, entry.request_class, self._policy, entry.prefill_s + late_s, idle_step_s, entry.late)
+
+    def cannot_meet(self, entry: Entry, goal: Targets, now: float, ahead_s: float = 0.0) -> bool:
+        """Late even if only ``ahead_s`` is before it and the fleet were idle."""
+        waited = max(0.0, now - entry.request.arrival_s)
+        return bool(self._fleet.decoders) and waited + ahead_s + entry.prefill_s > goal.ttft_s
+
+    def refuses_late(self, entry: Entry) -> bool:
+        """Whether a request that cannot meet its SLO is refused; else it runs behind the rest."""
+        return not entry.request_class.best_effort and self._cap.may_refuse(entry.request.isl_tokens)
+
+    def late_error(self, entry: Entry, goal: Targets) -> DeadlineInfeasible:
+        """Counts the refusal, too."""
+        self._cap.refused(entry.request.isl_tokens)
+        if entry.prefill_s > goal.ttft_s:
+            return DeadlineInfeasible(
+                f"the prompt alone takes {entry.prefill_s:.2f} s on an idle worker; asked for: {goal.ttft_s:.2f} s"
+            )
+        drain_s = self._drain_s(entry.request_class.rank)
+        retry_s = drain_s + self._policy.credit_s + entry.prefill_s - goal.ttft_s
+        return DeadlineInfeasible(
+            f"the first token cannot come within {goal.ttft_s:.2f} s; about {drain_s:.2f} s of work are ahead",
+            retry_after_s=_bounded_retry_s(retry_s),
+        )
+
+    def _overloaded(self, entry: Entry, excess: int) -> Overloaded:
+        waiting = self._queue.tokens_up_to(entry.request_class.rank)
+        return Overloaded(
+            f"{waiting} tokens wait already, and the limit is {self._policy.queue_limit_tokens}",
+            retry_after_s=_bounded_retry_s(self._drain_s(entry.request_class.rank) * excess / waiting),
+        )
+
+    def _drain_s(self, rank: int) -> float:
+        """Until all that waits in classes of this rank or better is computed, by those whose job it is."""
+        servers = len(self._fleet.prefillers) or len(self._fleet.decoders)
+        return self.backlog.total_s(rank) / max(1, servers)
+
+    def _class_of(self, request: Request) -> RequestClass:
+        name = request.request_class
+        if not name:
+            tenant = self._tenants.get(request.tenant)
+            name = (tenant.request_class if tenant else "") or self._default_class
+        if name not in self._classes:
+            raise InvalidRequest(f"no request class {name!r}; there are: {', '.join(self._classes)}", param="class")
+        return self._classes[name]

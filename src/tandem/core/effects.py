@@ -1,12 +1,11 @@
-"""What the scheduler tells its caller: effects to carry out, and a picture of its state. Plain values."""
+"""What the scheduler wants its caller to do. Plain values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tandem.core.placement import Candidate, Decision
-from tandem.core.types import Explanation, Plan, Request, Role
+from tandem.core.types import Explanation, Plan, Request
 from tandem.errors import TandemError
 
 
@@ -45,37 +44,3 @@ class Recall:
 
 
 Effect = Place | Refuse | Recall
-
-
-@dataclass(frozen=True, slots=True)
-class Depth:
-    """What waits."""
-
-    requests: int = 0
-    tokens: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSnapshot:
-    id: str
-    incarnation: int
-    role: Role
-    draining: bool
-    suspect: bool
-    in_flight: int
-    pending_prefill_s: float  # predicted; what credit is counted in
-    kv_blocks_in_use: int  # reserved by us, and by requests that we do not know
-    kv_blocks_total: int
-    sequences: int
-    model_error: float  # mean relative error of recent step predictions
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """For status pages, metrics and the planner."""
-
-    workers: tuple[WorkerSnapshot, ...]
-    queue_by_class: Mapping[str, Depth]
-    queue_by_tenant: Mapping[str, Depth]
-    oldest_wait_s: float
-    in_flight: int

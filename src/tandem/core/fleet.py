@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from tandem.core.accounting import WorkerView
 from tandem.core.perf_model import PerfModel
-from tandem.core.placement import suffix_context
+from tandem.core.placement import suffix_context, unfit
 from tandem.core.policy import Policy
 from tandem.core.profiles import profile_named
 from tandem.core.types import Request, RequestKey, Role, WorkerLoad, WorkerSpec
@@ -157,8 +157,14 @@ class Fleet:
 
     # --- reservations -----------------------------------------------------------------------------------------------
 
-    def reserve(self, worker: str, key: RequestKey) -> None:
-        self.reserved[worker] = key
+    def reserve_for(self, request: Request, avoid: frozenset[str]) -> None:
+        """Holds the roomiest decode worker that could take it. At most half of them, or one, are held at a time."""
+        if request.key in self.reserved.values() or len(self.reserved) >= max(1, len(self.decoders) // 2):
+            return
+        free = [v for v in self.decoders if v.id not in self.reserved and not unfit(v, request, avoid)]
+        if free:
+            roomiest = max(free, key=lambda view: view.spec.kv_blocks_total - view.blocks_in_use)
+            self.reserved[roomiest.id] = request.key
 
     def release_reservation(self, key: RequestKey) -> bool:
         """Whether there was one."""

@@ -17,8 +17,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tandem.core.effects import Depth
 from tandem.core.policy import RequestClass, Tenant
+from tandem.core.snapshot import Depth
 from tandem.core.types import Request, RequestKey
 
 

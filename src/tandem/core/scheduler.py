@@ -19,10 +19,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 
-from tandem.core import admission
 from tandem.core.accounting import Booking, WorkerView
-from tandem.core.demand import OutputLengths
-from tandem.core.effects import Effect, Place, Recall, Refuse, Snapshot, WorkerSnapshot
+from tandem.core.admission import Admission, fits_somewhere
+from tandem.core.effects import Effect, Place, Recall, Refuse
 from tandem.core.fleet import Fleet
 from tandem.core.ledger import Job, Ledger
 from tandem.core.lifecycle import Event, State, advance
@@ -34,15 +33,14 @@ from tandem.core.placement import (
     disturbance_window_s,
     need_blocks,
     suffix_context,
-    unfit,
 )
 from tandem.core.policy import Policy, RequestClass, Tenant
 from tandem.core.queueing import Entry, FairCounters, FairQueue
-from tandem.core.slo import Targets, deadline_s, targets
+from tandem.core.snapshot import Snapshot, worker_snapshot
 from tandem.core.types import Explanation, Plan, Request, RequestKey, WorkerLoad, WorkerSpec
-from tandem.errors import DeadlineInfeasible, InvalidRequest, NoWorkers, QueueTimeout, TandemError
+from tandem.errors import NoWorkers, QueueTimeout, TandemError
 
-__all__ = ["Effect", "Place", "Recall", "Refuse", "Scheduler", "Snapshot", "WorkerSnapshot"]
+__all__ = ["Effect", "Place", "Recall", "Refuse", "Scheduler", "Snapshot"]
 
 #: ``poll`` is never asked for again sooner than this, seconds.
 _MIN_WAKEUP_S = 0.002
@@ -60,18 +58,13 @@ class Scheduler:
         rng: random.Random,
     ) -> None:
         self.policy = policy
-        self._classes = dict(classes) or {"default": RequestClass()}
-        self._default_class = next(iter(self._classes))
-        self._tenants = dict(tenants)
+        known_classes = dict(classes) or {"default": RequestClass()}
         self._rng = rng
         self._fleet = Fleet(policy)
-        self._counters = FairCounters(self._tenants)
-        self._queue = FairQueue(self._classes.values(), self._counters, policy.share_window_s)
-        self._backlog = admission.Backlog(self._classes.values())
+        self._counters = FairCounters(tenants)
+        self._queue = FairQueue(known_classes.values(), self._counters, policy.share_window_s)
+        self._admission = Admission(policy, known_classes, tenants, self._fleet, self._queue, self._counters)
         self._ledger = Ledger()
-        self._lengths = OutputLengths(policy)
-        self._cap = admission.RefusalCap(policy.refusal_cap)
-        self._order = 0
         self._generation = 0  # of the fleet, when parked entries were last looked at
         self._no_decoders_since: float | None = None
         self._openings = 0  # of the fleet, at the last scan
@@ -145,13 +138,14 @@ class Scheduler:
         if self._ledger.is_repeat(request.key):
             return
         try:
-            entry = self._admit(request, cached, now)
+            entry = self._admission.entry(request, cached)
+            self._admission.admit(entry, now)
         except TandemError as error:
             self._ledger.remember(request.key, error)
             raise
         self._ledger.open(entry)
         self._queue.add(entry)
-        self._backlog.add(entry)
+        self._admission.backlog.add(entry)
         self._stirred = True
 
     def prefill_done(self, key: RequestKey, now: float) -> None:
@@ -185,7 +179,7 @@ class Scheduler:
         job = self._ledger.find(key)
         if job is None or job.plan is None:
             return
-        self._lengths.learn(job.entry.request_class.name, output_tokens)
+        self._admission.lengths.learn(job.entry.request_class.name, output_tokens)
         fresh = max(0, job.request.isl_tokens - cached_tokens)
         self._settle(job, float(fresh), self.policy.output_weight * output_tokens)
         self._close(key, Event.FINISH, now)
@@ -240,79 +234,13 @@ class Scheduler:
 
         InvalidRequest for an unknown class.
         """
-        inquiry = self._inquiry(self._entry(request, cached), now)
+        inquiry = self._inquiry(self._admission.entry(request, cached), now)
         decision = self._decide(inquiry, now, rng=None)
         best = decision.best
         if best is None or best.pending_s < inquiry.credit_s:
             return decision.explanation(best)
         wait = f"; it would wait for credit: {best.first.id} has {1e3 * best.pending_s:.0f} ms of prefill pending"
         return decision.explanation(best, wait)
-
-    # --- admission --------------------------------------------------------------------------------------------------
-
-    def _admit(self, request: Request, cached: Mapping[str, int], now: float) -> Entry:
-        entry = self._entry(request, cached)
-        admission.check_feasible(request, self._fleet.ordered)
-        excess = admission.over_limit(entry, self._queue, self._counters, self.policy)
-        if excess:
-            servers = len(self._fleet.decoders)
-            raise admission.overloaded(entry, self._queue, excess, self._backlog, servers, self.policy)
-        self._order += 1
-        entry.order = self._order
-        goal = self._targets(entry, now)
-        if goal.binding:
-            self._cap.offer(request.isl_tokens)
-            ahead = self._backlog.surely_ahead_s(entry, self._queue.share_of(request.tenant))
-            servers = max(1, len(self._fleet.decoders) + len(self._fleet.prefillers))
-            if self._cannot_meet(entry, goal, now, ahead / servers):
-                if self._refuses_late(entry):
-                    raise self._late(entry, goal)
-                entry.late = True
-        return entry
-
-    def _entry(self, request: Request, cached: Mapping[str, int]) -> Entry:
-        request_class = self._class_of(request)
-        fresh = request.isl_tokens - min(request.isl_tokens, max(cached.values(), default=0))
-        output = self._lengths.expected(request_class.name, request)
-        return Entry(
-            request=request,
-            cached=cached,
-            request_class=request_class,
-            deadline=deadline_s(request, request_class),
-            tokens=fresh + int(self.policy.output_weight * output),
-            prefill_s=self._fleet.idle_prefill_s(request, cached),
-            order=0,
-        )
-
-    def _class_of(self, request: Request) -> RequestClass:
-        name = request.request_class
-        if not name:
-            tenant = self._tenants.get(request.tenant)
-            name = (tenant.request_class if tenant else "") or self._default_class
-        if name not in self._classes:
-            raise InvalidRequest(f"no request class {name!r}; there are: {', '.join(self._classes)}", param="class")
-        return self._classes[name]
-
-    def _cannot_meet(self, entry: Entry, goal: Targets, now: float, ahead_s: float = 0.0) -> bool:
-        """Late even if only ``ahead_s`` is before it and the fleet were idle."""
-        waited = max(0.0, now - entry.request.arrival_s)
-        return bool(self._fleet.decoders) and waited + ahead_s + entry.prefill_s > goal.ttft_s
-
-    def _refuses_late(self, entry: Entry) -> bool:
-        """Whether a request that cannot meet its SLO is refused; else it runs behind the rest."""
-        return not entry.request_class.best_effort and self._cap.may_refuse(entry.request.isl_tokens)
-
-    def _late(self, entry: Entry, goal: Targets) -> DeadlineInfeasible:
-        self._cap.refused(entry.request.isl_tokens)
-        if entry.prefill_s > goal.ttft_s:
-            text = f"the prompt alone takes {entry.prefill_s:.2f} s on an idle worker; asked for: {goal.ttft_s:.2f} s"
-            return DeadlineInfeasible(text)
-        fleet = self._fleet
-        servers = len(fleet.prefillers) or len(fleet.decoders)
-        drain_s = self._backlog.total_s(entry.request_class.rank) / max(1, servers)
-        retry = admission.bounded_retry_s(drain_s + self.policy.credit_s + entry.prefill_s - goal.ttft_s)
-        text = f"the first token cannot come within {goal.ttft_s:.2f} s; about {drain_s:.2f} s of work are ahead"
-        return DeadlineInfeasible(text, retry_after_s=retry)
 
     # --- deciding ---------------------------------------------------------------------------------------------------
 
@@ -365,9 +293,9 @@ class Scheduler:
     def _try(self, entry: Entry, now: float, effects: list[Effect]) -> bool:
         """Places the entry (True), or refuses, parks or leaves it."""
         inquiry = self._inquiry(entry, now)
-        if inquiry.targets.binding and not entry.late and self._cannot_meet(entry, inquiry.targets, now):
-            if self._refuses_late(entry):
-                self._refuse(entry, self._late(entry, inquiry.targets), now, effects)
+        if inquiry.targets.binding and not entry.late and self._admission.cannot_meet(entry, inquiry.targets, now):
+            if self._admission.refuses_late(entry):
+                self._refuse(entry, self._admission.late_error(entry, inquiry.targets), now, effects)
             else:
                 self._queue.demote(entry)
                 self._stirred = True
@@ -410,21 +338,15 @@ class Scheduler:
         return Inquiry(
             request=request,
             cached=entry.cached,
-            targets=self._targets(entry, now),
+            targets=self._admission.targets(entry, now),
             waited_s=max(0.0, now - request.arrival_s),
-            expected_osl=self._lengths.expected(request_class.name, request),
-            reserve_tokens=request.isl_tokens + self._lengths.generous(request_class.name, request),
+            expected_osl=self._admission.lengths.expected(request_class.name, request),
+            reserve_tokens=request.isl_tokens + self._admission.lengths.generous(request_class.name, request),
             avoid=self._avoid(request),
             credit_s=self.policy.background_credit_s if guarded else self.policy.credit_s,
             guard_share=self.policy.background_guard if guarded else 1.0,
             reserved=self._fleet.reserved,
         )
-
-    def _targets(self, entry: Entry, now: float) -> Targets:
-        request = entry.request
-        idle_step_s = self._fleet.idle_step_s(request.isl_tokens)
-        late_s = max(0.0, now - request.arrival_s) if entry.late else 0.0
-        return targets(request, entry.request_class, self.policy, entry.prefill_s + late_s, idle_step_s, entry.late)
 
     def _avoid(self, request: Request) -> frozenset[str]:
         """Workers that failed it before, unless only they are left."""
@@ -479,7 +401,7 @@ class Scheduler:
     def _blocked(self, entry: Entry, inquiry: Inquiry, decision: Decision, now: float) -> None:
         """No plan passes the hard filters: parked if none ever could, else a decode worker is reserved in time."""
         fleet = self._fleet
-        if not admission.fits_somewhere(entry.request, fleet.decoders, inquiry.avoid):
+        if not fits_somewhere(entry.request, fleet.decoders, inquiry.avoid):
             if entry.homeless_since is None:
                 entry.homeless_since = now
             self._queue.park(entry)
@@ -494,17 +416,7 @@ class Scheduler:
         if now < due:
             self._look_again(due)
         elif not entry.request_class.background:
-            self._reserve_for(entry.request, inquiry.avoid)
-
-    def _reserve_for(self, request: Request, avoid: frozenset[str]) -> None:
-        """Holds the roomiest decode worker that could take it. At most half of them are held at a time."""
-        fleet = self._fleet
-        if request.key in fleet.reserved.values() or len(fleet.reserved) >= max(1, len(fleet.decoders) // 2):
-            return
-        free = [v for v in fleet.decoders if v.id not in fleet.reserved and not unfit(v, request, avoid)]
-        if free:
-            roomiest = max(free, key=lambda view: view.spec.kv_blocks_total - view.blocks_in_use)
-            fleet.reserve(roomiest.id, request.key)
+            self._fleet.reserve_for(entry.request, inquiry.avoid)
 
     def _recall_for(self, entry: Entry, best: Candidate, now: float, effects: list[Effect]) -> bool:
         """Background work whose prefill blocks a foreground request makes way, if the policy lets it."""
@@ -578,7 +490,7 @@ class Scheduler:
     def _dequeue(self, entry: Entry) -> None:
         if entry.queued:
             self._queue.remove(entry)
-            self._backlog.remove(entry)
+            self._admission.backlog.remove(entry)
             if self._fleet.release_reservation(entry.request.key):
                 self._stirred = True
 
@@ -628,26 +540,11 @@ class Scheduler:
     def snapshot(self, now: float) -> Snapshot:
         oldest = self._ledger.oldest_arrival()
         return Snapshot(
-            workers=tuple(self._worker_snapshot(view, now) for view in self._fleet.ordered),
+            workers=tuple(worker_snapshot(view, now, self.policy.inflation) for view in self._fleet.ordered),
             queue_by_class=self._queue.depth_by_class(),
             queue_by_tenant=self._queue.depth_by_tenant(),
             oldest_wait_s=max(0.0, now - oldest) if oldest is not None else 0.0,
             in_flight=len(self._ledger) - self._ledger.num_queued(),
-        )
-
-    def _worker_snapshot(self, view: WorkerView, now: float) -> WorkerSnapshot:
-        return WorkerSnapshot(
-            id=view.id,
-            incarnation=view.spec.address.incarnation,
-            role=view.role,
-            draining=view.draining,
-            suspect=view.suspect,
-            in_flight=len(view.bookings),
-            pending_prefill_s=self.policy.inflation * view.reading(now).pending_s,
-            kv_blocks_in_use=view.blocks_in_use,
-            kv_blocks_total=view.spec.kv_blocks_total,
-            sequences=view.sequences,
-            model_error=view.perf.relative_error,
         )
 
     def service_counters(self) -> dict[str, float]:
