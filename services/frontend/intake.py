@@ -52,7 +52,10 @@ class Intake:
         return found
 
     async def tokenise(self, model: ServedModel, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
-        """Of text that is far too long for the context only as much is tokenised as it takes to know that."""
+        """ContextLengthExceeded at once for a text that is too long whatever its tokens turn out to be."""
+        least = model.tokenizer.least_tokens(text)
+        if least >= model.max_model_len:
+            raise _too_long(model, f"at least {least}", param)
         try:
             return await model.encode(text, self._executor, add_special_tokens=add_special_tokens)
         except UnicodeEncodeError:
@@ -111,11 +114,7 @@ def _max_tokens(model: ServedModel, prompt_tokens: int, asked: int | None, param
     """What was asked for, or all that fits."""
     room = model.max_model_len - prompt_tokens
     if room <= 0:
-        raise ContextLengthExceeded(
-            f"the prompt has {prompt_tokens} tokens, but the context length of {model.name!r} is "
-            f"{model.max_model_len} tokens, of which at least one is for the answer",
-            param=param,
-        )
+        raise _too_long(model, str(prompt_tokens), param)
     if asked is not None and asked > room:
         raise ContextLengthExceeded(
             f"the prompt's {prompt_tokens} tokens and max_tokens {asked} are {prompt_tokens + asked} together, but the "
@@ -123,6 +122,14 @@ def _max_tokens(model: ServedModel, prompt_tokens: int, asked: int | None, param
             param="max_tokens",
         )
     return asked or room
+
+
+def _too_long(model: ServedModel, tokens: str, param: str) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"the prompt has {tokens} tokens, but the context length of {model.name!r} is {model.max_model_len} tokens, "
+        "of which at least one is for the answer",
+        param=param,
+    )
 
 
 def _sampling(

@@ -42,11 +42,16 @@ class Tokenizer:
         )
         #: id -> the bytes it stands for; None when this tokenizer is not byte-level.
         self.byte_table = _byte_table(self._hf)
+        self._longest_token = self._longest()
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # The fast form leaves out the offsets, which nobody here needs.
         ids: list[int] = self._hf.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that ``text`` has at least, without tokenising it; 0 = nothing is known."""
+        return len(text.encode("utf-8", "surrogatepass")) // self._longest_token if self._longest_token else 0
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._hf.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -57,6 +62,12 @@ class Tokenizer:
         if self.byte_table is not None:
             return self.byte_table[token_id] if token_id < len(self.byte_table) else b""
         return self.decode([token_id], skip_special_tokens=False).encode()
+
+    def _longest(self) -> int:
+        """Bytes that one token covers at most; 0 where a normalizer may make a text shorter first."""
+        if self.byte_table is None or self._hf.normalizer is not None:
+            return 0
+        return max(map(len, self.byte_table), default=0)
 
 
 def read_json(path: Path) -> dict[str, Any]:
