@@ -23,7 +23,9 @@ def run_service(cls: type[S], main: Callable[[S], Coroutine[Any, Any, None]]) ->
     try:
         settings = settings_module.load(cls)
         logging.basicConfig(
-            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+            level=settings.log_level.upper(),
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
         )
         asyncio.run(main(settings))
     except TandemError as error:

@@ -114,6 +114,8 @@ class NatsBus:
         self._tasks: list[asyncio.Task[None]] = []
         self._closed = False
         self._last_error = ""
+        #: What the server itself said last; it explains the lost connection that follows.
+        self._complaint = ""
         self._reconnected_at = 0.0
         self._down_at = 0.0
         self.stats = BusStats()
@@ -129,7 +131,7 @@ class NatsBus:
                 await bus._client.connect(bus._servers, **bus._client_options())
         except (TimeoutError, OSError, nats.errors.Error) as error:
             await bus.close()
-            reason = bus._last_error or str(error)
+            reason = bus._complaint or bus._last_error or str(error)
             raise BusUnavailable(f"NATS does not answer at {bus._shown}: {reason}") from None
         bus._is_up()
         for work in (bus._send_forever(), bus._replace_lost_clients()):
@@ -345,7 +347,7 @@ class NatsBus:
         self.stats.server_errors += 1
         if what != self._last_error:  # attempts to reconnect say the same over and over
             logger.error("NATS: %s", what)
-        self._last_error = what
+        self._last_error = self._complaint = what
 
 
 def _check_subject(subject: str) -> None:

@@ -71,7 +71,7 @@ class SamplingParams:
 
     @property
     def continuable(self) -> bool:
-        """Whether prompt + tokens so far, submitted as a new prompt, continues this request with the same distribution."""
+        """Whether prompt + tokens so far, as a new prompt, continue this request with the same distribution."""
         return (
             self.seed is None
             and self.presence_penalty == 0.0
