@@ -73,7 +73,7 @@ class SamplingParams:
     def continuable(self) -> bool:
         """Whether prompt + tokens so far, as a new prompt, continue this request with the same distribution."""
         return (
-            self.seed is None
+            (self.seed is None or self.temperature == 0.0)  # greedy: the seed draws nothing
             and self.presence_penalty == 0.0
             and self.frequency_penalty == 0.0
             and self.repetition_penalty == 1.0

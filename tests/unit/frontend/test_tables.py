@@ -145,6 +145,11 @@ def test_unseen_tokens_are_dropped_for_a_new_start() -> None:
     assert list(token_ids(submit_message(story.journey, frontend="f", now=2.0).prompt)) == [1, 2, 3]
 
 
+def test_a_seed_draws_nothing_where_sampling_is_greedy() -> None:
+    assert SamplingParams(max_tokens=1, seed=1, temperature=0.0).continuable
+    assert not SamplingParams(max_tokens=1, seed=1).continuable
+
+
 def test_a_restarted_worker_is_not_the_lost_one() -> None:
     story = Story(SamplingParams(max_tokens=10))
     story.submit()
