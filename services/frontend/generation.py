@@ -45,6 +45,12 @@ class GenerationRequest:
     cache_salt: str = ""
     traceparent: str = ""
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens at which the engine ends a choice. They count, and say nothing."""
+        ends = frozenset(self.sampling.stop_token_ids)
+        return ends if self.sampling.ignore_eos else ends | self.model.eos_ids
+
 
 @dataclass(slots=True)
 class Usage:
@@ -238,12 +244,13 @@ class Generations:
 class _Choice(Consumer):
     """From a journey's tokens to deltas: detokenised, cut at stop strings."""
 
-    __slots__ = ("_detokenizer", "_generation", "_index", "_stops", "_tokens", "journey")
+    __slots__ = ("_detokenizer", "_ends", "_generation", "_index", "_stops", "_tokens", "journey")
 
     def __init__(self, generation: Generation, index: int) -> None:
         self.journey: Journey | None = None
         self._generation = generation
         self._index = index
+        self._ends = generation.request.end_tokens
         self._reset()
 
     def _reset(self) -> None:
@@ -261,7 +268,7 @@ class _Choice(Consumer):
             if self._stops is not None and self._stops.found is not None:
                 return
             self._tokens += 1
-            text = self._detokenizer.push(token)
+            text = "" if token in self._ends else self._detokenizer.push(token)
             if self._stops is not None:
                 text = self._cut(text)
             generation.push(
@@ -316,7 +323,6 @@ def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: 
     if nth and sampling.seed is not None:
         # Each choice draws for itself; with a seed, each time the same way.
         sampling = replace(sampling, seed=(sampling.seed + nth) % 2**63)
-    ends = frozenset(sampling.stop_token_ids)
     return Order(
         id=request.id,
         model=request.model.name,
@@ -333,5 +339,5 @@ def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: 
         hash_root=root,
         traceparent=request.traceparent,
         restartable=not request.streaming,
-        end_tokens=ends if sampling.ignore_eos else ends | request.model.eos_ids,
+        end_tokens=request.end_tokens,
     )

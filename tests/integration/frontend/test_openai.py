@@ -105,6 +105,21 @@ async def test_stop_strings_across_tokens(site: Site, stream: bool) -> None:
     assert site.frontend.cluster.in_flight == 0
 
 
+async def test_tokens_that_end_it_count_and_say_nothing(site: Site) -> None:
+    end = site.ids("!")[0]
+    site.cluster.script = lambda submit: [*site.ids("abc"), end]
+    answer = await site.client.chat.completions.create(
+        model=MODEL, messages=HELLO, extra_body={"stop_token_ids": [end]}
+    )
+    assert answer.choices[0].message.content == "abc"
+    assert answer.usage is not None and answer.usage.completion_tokens == len(site.ids("abc")) + 1
+    site.answer("abc")
+    answer = await site.client.chat.completions.create(
+        model=MODEL, messages=HELLO, extra_body={"skip_special_tokens": False}
+    )
+    assert answer.choices[0].message.content == "abc"
+
+
 async def test_n_is_fanned_out(site: Site) -> None:
     texts = ["first", "second one", "third"]
     site.cluster.script = lambda submit: [*site.ids(texts[submit.key.choice]), 2]
