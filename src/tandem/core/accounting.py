@@ -85,7 +85,8 @@ class WorkerView:
     __slots__ = (
         "_dispatched", "_lag", "_peak_blocks", "_peak_kv", "_peak_seqs", "_peak_tokens", "_prefilling",
         "_progress_from", "_reading", "_reading_at", "_recent_tokens", "_report", "_rho", "_rho_at", "bookings",
-        "capacity_tokens", "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens", "foreign_sequences", "foreign_tokens",
+        "capacity_tokens", "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens", "foreign_sequences",
+        "foreign_tokens",
         "id", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf", "role", "spec",
         "suspect", "transfer_bytes",
     )  # fmt: skip
