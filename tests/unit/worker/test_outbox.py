@@ -1,0 +1,145 @@
+"""One frame for each frontend and turn of the loop, its columns in step; what the bus cannot take is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.adapters.bus import BusStats, Handler, Subscription
+from tandem.core.blocks import token_ids
+from tandem.core.types import WorkerAddress
+from tandem.errors import BusUnavailable, PayloadTooLarge
+from tandem.v1 import bus_pb2, types_pb2
+from tandem.wire import subjects
+from tandem.worker.outbox import Outbox
+
+
+class FullBus:
+    """A bus whose buffer takes ``room`` messages."""
+
+    stats = BusStats()
+    connected = True
+    reconnected_at = 0.0
+    max_payload = 1 << 20
+
+    def __init__(self, room: int = 1000) -> None:
+        self.room = room
+        self.sent: list[tuple[str, bytes, str]] = []
+
+    def publish(self, subject: str, data: bytes, reply: str = "") -> None:
+        if len(data) > self.max_payload:
+            raise PayloadTooLarge("too large")
+        if len(self.sent) == self.room:
+            raise BusUnavailable("full")
+        self.sent.append((subject, data, reply))
+
+    async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
+        raise NotImplementedError
+
+    async def request(self, subject: str, data: bytes, *, timeout_s: float) -> bytes:
+        raise NotImplementedError
+
+    async def flush(self, *, timeout_s: float) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Turn:
+    """``loop.call_soon``, by hand."""
+
+    def __init__(self) -> None:
+        self.due: list[Callable[[], None]] = []
+
+    def soon(self, call: Callable[[], None]) -> None:
+        self.due.append(call)
+
+    def end(self) -> None:
+        due, self.due = self.due, []
+        for call in due:
+            call()
+
+
+def outbox(bus: FullBus, turn: Turn) -> Outbox:
+    return Outbox(bus, "c", "m", WorkerAddress("w", 7, "host:1"), turn.soon)
+
+
+def frames(bus: FullBus, frontend: str) -> list[bus_pb2.TokenFrame]:
+    wanted = subjects.tokens("c", frontend)
+    return [bus_pb2.TokenFrame.FromString(data) for subject, data, _ in bus.sent if subject == wanted]
+
+
+def test_a_turn_is_one_frame_for_each_frontend_and_one_batch_of_events() -> None:
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    box.placed("a", 1, bus_pb2.LEG_LOCAL)
+    box.tokens("a", 1, 0, [10, 11])
+    box.tokens("b", 1, 4, [20])
+    box.tokens("a", 2, 9, [12])
+    box.finish("a", bus_pb2.Finish(rid=2))
+    box.reject("b", 3, types_pb2.ErrorDetail(code="refused"))
+    box.event(bus_pb2.LifecycleEvent(phase=bus_pb2.PHASE_ACCEPTED))
+    box.event(bus_pb2.LifecycleEvent(phase=bus_pb2.PHASE_DECODING))
+    assert len(turn.due) == 1 and not bus.sent
+    turn.end()
+    assert len(bus.sent) == 3
+    (a,), (b,) = frames(bus, "a"), frames(bus, "b")
+    assert (list(a.rids), list(a.seqs), list(a.counts)) == ([1, 2], [0, 9], [2, 1])
+    assert list(token_ids(a.tokens)) == [10, 11, 12]
+    assert [p.rid for p in a.placed] == [1]
+    assert [f.rid for f in a.finishes] == [2]
+    assert a.worker == types_pb2.WorkerRef(id="w", incarnation=7, grpc_address="host:1")
+    assert (list(b.rids), list(token_ids(b.tokens)), b.rejects[0].error.code) == ([1], [20], "refused")
+    events = bus_pb2.LifecycleEvents.FromString(bus.sent[-1][1])
+    assert [e.phase for e in events.events] == [bus_pb2.PHASE_ACCEPTED, bus_pb2.PHASE_DECODING]
+
+
+def test_a_frame_that_nobody_takes_comes_back_by_the_frontend_s_name() -> None:
+    bus, turn = FullBus(), Turn()
+    outbox(bus, turn).tokens("front.end/1", 1, 0, [1])
+    turn.end()
+    assert subjects.last_token(bus.sent[0][2]) == "f:front.end/1"
+
+
+def test_nothing_said_is_nothing_sent() -> None:
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    box.flush()
+    box.tokens("a", 1, 0, [1])
+    turn.end()
+    box.flush()
+    assert len(bus.sent) == 1 and not turn.due
+
+
+def test_what_the_bus_does_not_take_is_dropped_and_counted_and_hinders_no_other() -> None:
+    bus, turn = FullBus(), Turn()
+    bus.max_payload = 500
+    box = outbox(bus, turn)
+    box.tokens("large", 1, 0, list(range(1000)))
+    box.tokens("small", 1, 0, [1])
+    turn.end()
+    assert box.dropped == 1
+    assert len(frames(bus, "small")) == 1
+    bus.room = len(bus.sent)
+    box.tokens("small", 1, 1, [2])
+    turn.end()
+    assert box.dropped == 2
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5), st.lists(st.integers(0, 2**32 - 1), max_size=4))))
+def test_columns_say_what_was_put_in_in_its_order(said: Sequence[tuple[str, int, list[int]]]) -> None:
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    for i, (frontend, rid, tokens) in enumerate(said):
+        box.tokens(frontend, rid, i, tokens)
+    turn.end()
+    for frontend in "abc":
+        heard = []
+        for frame in frames(bus, frontend):
+            tokens, start = list(token_ids(frame.tokens)), 0
+            for rid, seq, count in zip(frame.rids, frame.seqs, frame.counts, strict=True):
+                heard.append((frontend, rid, seq, tokens[start : start + count]))
+                start += count
+            assert start == len(tokens)
+        assert heard == [(f, rid, i, tokens) for i, (f, rid, tokens) in enumerate(said) if f == frontend]
