@@ -1,0 +1,262 @@
+"""One model's router over the memory twins, its workers played by the test: what is kept, told and given back."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+
+from services.router.config import RouterSettings
+from services.router.model_router import ModelRouter, Ports
+from tandem.adapters import clock
+from tandem.adapters.bus import Message
+from tandem.adapters.deployment import Liveness
+from tandem.adapters.grpc_server import GrpcServer
+from tandem.adapters.memory_bus import MemoryBus, MemoryHub
+from tandem.adapters.memory_store import MemoryCounters, MemoryLeases, MemoryPrefixIndex, MemoryRegistry, MemoryStore
+from tandem.core.policy import Policy, RequestClass
+from tandem.core.scheduler import Scheduler
+from tandem.core.types import RequestKey, Role, SamplingParams, WorkerAddress, WorkerSpec
+from tandem.v1 import bus_pb2, types_pb2
+from tandem.wire import codec, subjects
+
+
+class SlowIndex(MemoryPrefixIndex):
+    """Answers when it is told to."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def lookup(self, model: str, hashes: bytes) -> Any:
+        await self.may_answer.wait()
+        return await super().lookup(model, hashes)
+
+
+class World:
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self.hub = MemoryHub()
+        self.store = MemoryStore()
+        self.index = SlowIndex(self.store)
+        self.bus = MemoryBus(self.hub)
+        self.rejects: dict[int, str] = {}
+        self.work: dict[str, list[bus_pb2.Assignment]] = defaultdict(list)
+        self.lost: list[str] = []
+        ports = Ports(
+            MemoryBus(self.hub),
+            MemoryRegistry(self.store),
+            MemoryLeases(self.store),
+            self.index,
+            MemoryCounters(self.store),
+        )
+        self.router = ModelRouter(
+            settings=RouterSettings(deployment="", registry_interval_s=0.02, announce_interval_s=0.02),
+            router="r",
+            cluster="c",
+            model="m",
+            liveness=Liveness(),
+            scheduler=Scheduler(Policy(), classes={"": RequestClass(name="")}, tenants={}, rng=random.Random(0)),
+            ports=ports,
+            now=clock.monotonic,
+        )
+
+    async def open(self) -> None:
+        await self.bus.subscribe(subjects.tokens("c", "f"), self._on_frame)
+        await self.bus.subscribe(subjects.lost("c", "m"), self._on_lost)
+        task = asyncio.create_task(self.router.run())
+        self._stack.push_async_callback(self._end, task)
+        await self.until(lambda: self.router.leadership.epoch, "elected")
+
+    async def _end(self, task: asyncio.Task[None]) -> None:
+        task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        assert isinstance(outcome, asyncio.CancelledError), outcome
+
+    def _on_frame(self, message: Message) -> None:
+        for reject in bus_pb2.TokenFrame.FromString(message.data).rejects:
+            self.rejects[reject.rid] = reject.error.code
+
+    def _on_lost(self, message: Message) -> None:
+        self.lost.append(bus_pb2.WorkerLost.FromString(message.data).worker)
+
+    async def worker(self, name: str, *, listens: bool = True, draining: bool = False) -> WorkerSpec:
+        server = GrpcServer("127.0.0.1")
+        await server.start()
+        self._stack.push_async_callback(server.stop, 0.0)
+        spec = WorkerSpec(
+            address=WorkerAddress(name, 1, f"127.0.0.1:{server.port}"), model="m", role=Role.DECODE, slot=0,
+            block_size=16, dtype="bf16", kv_layout="l", engine="sim", engine_version="1", max_model_len=4096,
+            kv_blocks_total=1000, kv_bytes_per_token=1, max_batched_tokens=512, max_num_seqs=64,
+            perf_profile="sim-h100-llama-8b-tp1", draining=draining,
+        )  # fmt: skip
+        if listens:
+            await self.bus.subscribe(subjects.work("c", name), lambda m: self._on_work(name, m))
+        spec = await MemoryRegistry(self.store).register(spec, ttl_s=100.0)
+        await self.until(lambda: name in self.router.fleet.members, "joined")
+        return spec
+
+    def _on_work(self, name: str, message: Message) -> None:
+        self.work[name].append(bus_pb2.WorkerMessage.FromString(message.data).assignment)
+
+    def submit(self, rid: int, *, attempt: int = 0, isl: int = 64, id: str = "") -> RequestKey:
+        key = RequestKey(id or f"q{rid}", attempt, 0)
+        submit = bus_pb2.Submit(
+            key=codec.key_to_wire(key), model="m", frontend="f", rid=rid, timeout_ms=60_000, isl_tokens=isl,
+            prompt=bytes(4 * isl), block_hashes=bytes(8 * (isl // 16)),
+            sampling=codec.sampling_to_wire(SamplingParams(max_tokens=10)),
+        )  # fmt: skip
+        self.bus.publish(subjects.requests("c", "m", "r"), submit.SerializeToString())
+        return key
+
+    def event(self, key: RequestKey, phase: bus_pb2.Phase) -> None:
+        event = bus_pb2.LifecycleEvent(key=codec.key_to_wire(key), phase=phase, output_tokens=10)
+        batch = bus_pb2.LifecycleEvents(events=[event])
+        self.bus.publish(subjects.events("c", "m"), batch.SerializeToString())
+
+    def abort(self, key: RequestKey) -> None:
+        abort = bus_pb2.Abort(id=key.id, max_attempt=key.attempt, choice=key.choice)
+        self.bus.publish(subjects.aborts("c", "m"), abort.SerializeToString())
+
+    async def until(self, condition: Callable[[], Any], what: str) -> None:
+        try:
+            async with asyncio.timeout(10.0):
+                while not condition():  # noqa: ASYNC110
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise AssertionError(what) from None
+
+    async def nothing_kept(self) -> None:
+        router = self.router
+        await self.until(lambda: not router.kept and not router.scheduler.snapshot(0.0).in_flight, "nothing kept")
+        assert all(w.kv_blocks_in_use == 0 for w in router.scheduler.snapshot(0.0).workers)
+
+
+@pytest.fixture
+async def world() -> AsyncIterator[World]:
+    async with AsyncExitStack() as stack:
+        world = World(stack)
+        await world.open()
+        yield world
+
+
+async def test_a_request_is_placed_and_forgotten_at_its_end(world: World) -> None:
+    await world.worker("w")
+    key = world.submit(1)
+    await world.until(lambda: world.work["w"], "an assignment")
+    (assignment,) = world.work["w"]
+    assert assignment.epoch == world.router.leadership.epoch
+    assert bus_pb2.Submit.FromString(assignment.submit).rid == 1
+    assert world.router.kept == 1
+    for phase in (bus_pb2.PHASE_DECODING, bus_pb2.PHASE_FINISHED, bus_pb2.PHASE_FINISHED):
+        world.event(key, phase)
+    await world.nothing_kept()
+    assert world.rejects == {}
+
+
+async def test_a_request_delivered_twice_is_placed_once(world: World) -> None:
+    await world.worker("w")
+    world.submit(1)
+    world.submit(1)
+    key = world.submit(2)
+    await world.until(lambda: len(world.work["w"]) == 2, "two assignments")
+    world.event(key, bus_pb2.PHASE_FINISHED)
+    await world.until(lambda: world.router.kept == 1, "one left")
+    assert len(world.work["w"]) == 2
+
+
+async def test_a_request_that_cannot_run_anywhere_is_refused(world: World) -> None:
+    await world.worker("w")
+    world.submit(1, isl=5000)
+    await world.until(lambda: world.rejects, "an answer")
+    assert world.rejects == {1: "context_length_exceeded"}
+    await world.nothing_kept()
+
+
+async def test_an_abort_while_the_index_is_asked(world: World) -> None:
+    await world.worker("w")
+    world.index.may_answer.clear()
+    key = world.submit(1)
+    await world.until(lambda: world.router.kept, "submitted")
+    world.abort(key)
+    await world.until(lambda: not world.router.kept, "forgotten")
+    world.index.may_answer.set()
+    world.submit(2)
+    await world.until(lambda: world.work["w"], "an assignment")
+    assert [bus_pb2.Submit.FromString(a.submit).rid for a in world.work["w"]] == [2]
+
+
+async def test_an_abort_in_the_queue_and_after_placement(world: World) -> None:
+    await world.worker("draining", draining=True)
+    queued = world.submit(1)
+    await world.until(lambda: world.router.scheduler.queued(), "queued")
+    world.abort(queued)
+    await world.nothing_kept()
+    await world.worker("w")
+    placed = world.submit(2)
+    await world.until(lambda: world.work["w"], "placed")
+    world.abort(placed)
+    await world.nothing_kept()
+
+
+async def test_an_index_that_is_away_stops_nothing(world: World) -> None:
+    await world.worker("w")
+    world.store.available = False
+    world.submit(1)
+    await world.until(lambda: world.work["w"], "placed by load alone")
+
+
+async def test_an_assignment_that_nobody_takes_goes_back_to_its_frontend(world: World) -> None:
+    await world.worker("deaf", listens=False)
+    world.submit(1)
+    await world.until(lambda: world.rejects, "an answer")
+    assert world.rejects == {1: "worker_lost"}
+    await world.nothing_kept()
+    assert world.router.fleet.members["deaf"].suspect, "no more work for it"
+
+
+async def test_a_lost_worker_is_told_to_all_and_its_requests_to_their_frontends(world: World) -> None:
+    spec = await world.worker("w")
+    world.submit(1)
+    await world.until(lambda: world.work["w"], "placed")
+    await MemoryRegistry(world.store).register(
+        WorkerSpec(**{**_fields(spec), "address": WorkerAddress("w", 2, spec.address.grpc_address)}), ttl_s=100.0
+    )
+    await world.until(lambda: world.lost, "told")
+    await world.until(lambda: world.rejects, "an answer")
+    assert (world.lost, world.rejects) == (["w"], {1: "worker_lost"})
+    await world.nothing_kept()
+
+
+async def test_a_higher_epoch_sends_what_waits_to_the_next_leader(world: World) -> None:
+    await world.worker("draining", draining=True)
+    world.submit(1)
+    await world.until(lambda: world.router.scheduler.queued(), "queued")
+    world.index.may_answer.clear()
+    world.submit(2)
+    await world.until(lambda: world.router.kept == 2, "both")
+    said = bus_pb2.LeaderAnnouncement(model="m", router="other", epoch=world.router.leadership.epoch + 10_000_000)
+    world.bus.publish(subjects.leader("c", "m"), said.SerializeToString())
+    await world.until(lambda: len(world.rejects) == 2, "answers")
+    assert set(world.rejects.values()) == {"no_leader"}
+    await world.nothing_kept()
+
+
+async def test_a_load_report_tells_the_epoch(world: World) -> None:
+    spec = await world.worker("w")
+    epoch = world.router.leadership.epoch
+    report = bus_pb2.LoadReport(
+        worker=types_pb2.WorkerRef(id="w", incarnation=spec.address.incarnation), model="m", epoch=epoch + 10_000_000
+    )
+    world.bus.publish(subjects.load("c", "w"), report.SerializeToString())
+    await world.until(lambda: world.router.leadership.epoch > epoch + 10_000_000, "a new term above it")
+
+
+def _fields(spec: WorkerSpec) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in WorkerSpec.__slots__}
