@@ -10,21 +10,10 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from services.frontend.journey import (
-    Abandon,
-    AskAgain,
-    Consumer,
-    Deliver,
-    Effect,
-    Ended,
-    Journey,
-    Opened,
-    Order,
-    Patience,
-    Restarted,
-    Submit,
-)
+from services.frontend.effects import Abandon, AskAgain, Deliver, Effect, Ended, Opened, Restarted, Submit
+from services.frontend.journey import Journey
 from services.frontend.leaders import Leaders
+from services.frontend.order import Consumer, Order, Patience
 from services.frontend.request_table import RequestTable
 from services.frontend.submission import submit_message
 from tandem.adapters.bus import Bus, Message, Subscription

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from services.frontend.journey import Patience
+from services.frontend.order import Patience
 from tandem.adapters.settings import CommonSettings, option
 
 _USUAL = Patience()

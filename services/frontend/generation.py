@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from services.frontend.cluster import Cluster
 from services.frontend.detokenizer import detokenizer
-from services.frontend.journey import Consumer, Journey, Order, Outcome, Positions
+from services.frontend.journey import Journey
+from services.frontend.order import Consumer, Order, Outcome, Positions
 from services.frontend.served_model import ServedModel
 from services.frontend.stop_strings import StopStrings
 from tandem import errors

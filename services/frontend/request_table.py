@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from services.frontend.journey import Consumer, Effect, Ended, Journey, Order, Patience, Positions
+from services.frontend.effects import Effect, Ended
+from services.frontend.journey import Journey
 from services.frontend.leaders import Leaders
+from services.frontend.order import Consumer, Order, Patience, Positions
 from tandem.core.blocks import token_ids
 from tandem.core.types import WorkerAddress
 from tandem.v1 import bus_pb2

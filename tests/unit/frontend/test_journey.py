@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.frontend.journey import Patience, State
+from services.frontend.journey import State
+from services.frontend.order import Patience
 from tandem.core.types import FinishReason, SamplingParams
 from tandem.errors import Cancelled, NoLeader, QueueTimeout, RequestTimeout, TandemError
 from tests.unit.frontend.unreliable_cluster import END_TOKEN, Recorder, UnreliableCluster, reference

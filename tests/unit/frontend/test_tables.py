@@ -7,10 +7,11 @@ import json
 import msgspec
 import pytest
 
+from services.frontend.effects import Restarted, Submit
 from services.frontend.http_errors import HTTP_STATUS, error_body, error_headers
-from services.frontend.journey import Consumer, Order, Patience, Restarted, Submit
 from services.frontend.leaders import Leader, Leaders
 from services.frontend.options import Options, convert, decode
+from services.frontend.order import Consumer, Order, Patience
 from services.frontend.request_table import RequestTable
 from services.frontend.submission import submit_message
 from services.frontend.tenants import Tenants

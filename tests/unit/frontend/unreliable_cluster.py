@@ -11,22 +11,10 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import count
 
-from services.frontend.journey import (
-    Abandon,
-    AskAgain,
-    Consumer,
-    Deliver,
-    Ended,
-    Journey,
-    Opened,
-    Order,
-    Outcome,
-    Patience,
-    Positions,
-    Restarted,
-    Submit,
-)
+from services.frontend.effects import Abandon, AskAgain, Deliver, Ended, Opened, Restarted, Submit
+from services.frontend.journey import Journey
 from services.frontend.leaders import Leaders
+from services.frontend.order import Consumer, Order, Outcome, Patience, Positions
 from services.frontend.request_table import RequestTable
 from services.frontend.submission import submit_message
 from tandem.core.blocks import token_bytes, token_ids
