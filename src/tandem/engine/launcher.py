@@ -215,6 +215,7 @@ def main() -> NoReturn:
     channel = socket.socket(fileno=fd)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; two engines' threads would fight
     warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # that there is none, on a CPU
     began = time.monotonic()
     try:
         _import_all(PRELOAD[preload])
