@@ -15,13 +15,14 @@ from collections.abc import Iterator, Mapping
 import uvicorn
 
 from services.frontend import connections, served_model
-from services.frontend.asgi import GeneratingRoutes
+from services.frontend.asgi import PostedRoutes
 from services.frontend.cluster import Cluster
 from services.frontend.config import FrontendSettings
 from services.frontend.generation import Generations
 from services.frontend.grpc_service import InferenceService
 from services.frontend.intake import Intake
 from services.frontend.openai_routes import OpenAIRoutes
+from services.frontend.tokenize_routes import TokenizeRoutes
 from services.frontend.web_app import web_app
 from tandem.adapters import clock, deployment
 from tandem.adapters.bus import Bus
@@ -60,9 +61,16 @@ class Frontend:
         self.generations = Generations(self.cluster, idle_s=settings.idle_s)
         self._intake = Intake(wanted, [served_model.load(model) for model in wanted.models])
         openai = OpenAIRoutes(self._intake)
-        app = GeneratingRoutes(
+        tokens = TokenizeRoutes(self._intake)
+        app = PostedRoutes(
             web_app(self._intake, self.readiness),
-            {"/v1/chat/completions": openai.chat, "/v1/completions": openai.completions},
+            {
+                "/v1/chat/completions": openai.chat,
+                "/v1/completions": openai.completions,
+                "/v1/responses": openai.responses,
+                "/tokenize": tokens.tokenize,
+                "/detokenize": tokens.detokenize,
+            },
             self._intake,
             self.generations,
         )

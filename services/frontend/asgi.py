@@ -1,4 +1,4 @@
-"""The generating routes as plain ASGI, in front of the web app that serves everything else.
+"""The routes that take a body, as plain ASGI in front of the web app that serves everything else.
 
 One task per request and one that waits for its disconnect; every body of a stream carries all that was queued. The
 200 of a stream opens when a worker has the request, or after ten quiet seconds, so that a refusal has its own status;
@@ -17,8 +17,8 @@ from typing import Any
 from services.frontend.generation import Generation, Generations
 from services.frontend.http_errors import error_body, error_headers, http_status
 from services.frontend.intake import Caller, Intake
-from services.frontend.openai_responses import DONE, KEEP_ALIVE, Answer, event
-from services.frontend.openai_routes import Route
+from services.frontend.openai_responses import DONE, KEEP_ALIVE, event
+from services.frontend.openai_routes import AnswerForm, Route
 from tandem.adapters.clock import monotonic
 from tandem.errors import Cancelled, InternalError, InvalidRequest, PayloadTooLarge, RequestTimeout, TandemError
 
@@ -46,7 +46,7 @@ class Disconnected(Exception):
     """The client has gone before its request was complete."""
 
 
-class GeneratingRoutes:
+class PostedRoutes:
     def __init__(self, app: App, routes: Mapping[str, Route], intake: Intake, generations: Generations) -> None:
         self._app = app
         self._routes = dict(routes)
@@ -80,6 +80,9 @@ class GeneratingRoutes:
         )
         body = await _read_body(receive, headers, self._intake.limits.max_body_bytes)
         exchange = await route(body, caller, arrival_s)
+        if isinstance(exchange, bytes):
+            await response.whole(200, exchange)
+            return
         generation = self._generations.begin(exchange.request)
         watcher = asyncio.create_task(_cancel_on_disconnect(receive, generation))
         try:
@@ -93,7 +96,7 @@ class GeneratingRoutes:
             generation.cancel()
 
 
-async def _stream(generation: Generation, answer: Answer, response: _Response) -> None:
+async def _stream(generation: Generation, answer: AnswerForm, response: _Response) -> None:
     quiet = not await generation.wait_opened()
     await response.open(_SSE, answer.head() + (KEEP_ALIVE if quiet else b""))
     try:
@@ -107,7 +110,7 @@ async def _stream(generation: Generation, answer: Answer, response: _Response) -
         if generation.error is not None:
             raise generation.error
     except TandemError as error:
-        await response.close(event(error_body(error)) + DONE)
+        await response.close(answer.failed(error))
 
 
 async def _cancel_on_disconnect(receive: Receive, generation: Generation) -> None:

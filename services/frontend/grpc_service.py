@@ -94,11 +94,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             prompt = await self._intake.tokenise(model, request.text, add_special_tokens=True, param="text")
         elif kind == "token_ids":
             prompt = list(request.token_ids.ids)
-            if prompt and max(prompt) >= model.tokenizer.vocab_size:
-                raise InvalidRequest(
-                    f"token_ids: {max(prompt)} is outside the vocabulary of {model.tokenizer.vocab_size}",
-                    param="token_ids",
-                )
+            self._intake.check_token_ids(model, prompt, param="token_ids")
         else:
             raise InvalidRequest("prompt: text or token_ids must be set", param="prompt")
         return self._intake.request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import msgspec
 
@@ -44,20 +45,19 @@ def http_status(error: errors.TandemError) -> int:
     return HTTP_STATUS[type(error)][0]
 
 
+def error_fields(error: errors.TandemError) -> dict[str, Any]:
+    """``code`` is the class's own; ``retryable`` says whether the same request may succeed later."""
+    return {
+        "message": error.message,
+        "type": HTTP_STATUS[type(error)][1],
+        "param": error.param,
+        "code": error.code,
+        "retryable": error.retryable,
+    }
+
+
 def error_body(error: errors.TandemError) -> bytes:
-    """OpenAI's shape. ``code`` is the class's own; ``retryable`` says whether the same request may succeed later."""
-    _, kind = HTTP_STATUS[type(error)]
-    return msgspec.json.encode(
-        {
-            "error": {
-                "message": error.message,
-                "type": kind,
-                "param": error.param,
-                "code": error.code,
-                "retryable": error.retryable,
-            }
-        }
-    )
+    return msgspec.json.encode({"error": error_fields(error)})
 
 
 def error_headers(error: errors.TandemError) -> list[tuple[bytes, bytes]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.frontend.generation import GenerationRequest
 from services.frontend.options import Options
@@ -63,6 +63,11 @@ class Intake:
                 f"{param}: holds half of a surrogate pair, which is no character", param=param
             ) from None
 
+    def check_token_ids(self, model: ServedModel, ids: Sequence[int], *, param: str) -> None:
+        size = model.tokenizer.vocab_size
+        if ids and not (min(ids) >= 0 and max(ids) < size):
+            raise InvalidRequest(f"{param}: holds a token id outside the vocabulary of {size}", param=param)
+
     def request(
         self,
         caller: Caller,
@@ -75,6 +80,7 @@ class Intake:
         n: int = 1,
         streaming: bool,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         structured_output: StructuredOutput | None = None,
         arrival_s: float | None = None,
     ) -> GenerationRequest:
@@ -88,7 +94,12 @@ class Intake:
         if not min(map(len, prompts)):
             raise InvalidRequest(f"{param}: the prompt is empty", param=param)
         max_tokens = _max_tokens(model, longest, options.max_tokens, param)
-        sampling = _sampling(model, options, max_tokens, logprobs, structured_output)
+        sampling = replace(
+            _sampling(model, options, max_tokens),
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            structured_output=structured_output,
+        )
         request_class = self.tenants.request_class(caller.tenant, options.request_class)
         timeout_s = request_class.timeout_s
         return GenerationRequest(
@@ -132,13 +143,7 @@ def _too_long(model: ServedModel, tokens: str, param: str) -> ContextLengthExcee
     )
 
 
-def _sampling(
-    model: ServedModel,
-    options: Options,
-    max_tokens: int,
-    logprobs: int | None,
-    structured_output: StructuredOutput | None,
-) -> SamplingParams:
+def _sampling(model: ServedModel, options: Options, max_tokens: int) -> SamplingParams:
     def chosen(value: float | None, name: str, otherwise: float) -> float:
         return model.defaults.get(name, otherwise) if value is None else value
 
@@ -163,8 +168,6 @@ def _sampling(
         frequency_penalty=options.frequency_penalty or 0.0,
         repetition_penalty=chosen(options.repetition_penalty, "repetition_penalty", 1.0),
         logit_bias=_logit_bias(options.logit_bias, size),
-        logprobs=logprobs,
-        structured_output=structured_output,
     )
 
 

@@ -121,7 +121,8 @@ class Journey:
 
     @property
     def local_only(self) -> bool:
-        return self._remote_failures >= 2
+        # The log-probabilities of a prompt are there only where it is computed, and D computes none of it.
+        return self._remote_failures >= 2 or self.order.sampling.prompt_logprobs is not None
 
     @property
     def remaining_sampling(self) -> SamplingParams:

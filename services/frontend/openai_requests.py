@@ -136,13 +136,9 @@ class ChatRequest(OpenAIRequest, kw_only=True):
     @property
     def structured_output(self) -> StructuredOutput | None:
         wanted = self.response_format
-        if wanted is None or wanted.type == "text":
+        if wanted is None:
             return None
-        if wanted.type == "json_object":
-            return StructuredOutput(json_object=True)
-        if wanted.json_schema is None:
-            raise InvalidRequest("response_format.json_schema: missing", param="response_format")
-        return StructuredOutput(json_schema=json.dumps(wanted.json_schema.schema))
+        return structured(wanted.type, wanted.json_schema, param="response_format.json_schema")
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
@@ -150,13 +146,7 @@ class ChatRequest(OpenAIRequest, kw_only=True):
 
     @property
     def template_arguments(self) -> dict[str, Any]:
-        extra = self.chat_template_kwargs or {}
-        reserved = {"messages", "tools", "documents", "add_generation_prompt"} & extra.keys()
-        if reserved:
-            raise InvalidRequest(
-                f"chat_template_kwargs: {min(reserved)} is not for there", param="chat_template_kwargs"
-            )
-        return extra
+        return template_arguments(self.chat_template_kwargs)
 
 
 class CompletionRequest(OpenAIRequest, kw_only=True):
@@ -184,6 +174,26 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
         raise InvalidRequest(
             "prompt: must be a string, a list of strings, a list of token ids or a list of such lists", param="prompt"
         )
+
+
+def template_arguments(extra: dict[str, Any] | None) -> dict[str, Any]:
+    """``chat_template_kwargs``, which may not replace what the frontend itself says to the template."""
+    extra = extra or {}
+    reserved = {"messages", "tools", "documents", "add_generation_prompt"} & extra.keys()
+    if reserved:
+        raise InvalidRequest(f"chat_template_kwargs: {min(reserved)} is not for there", param="chat_template_kwargs")
+    return extra
+
+
+def structured(kind: str, schema: JsonSchema | None, *, param: str) -> StructuredOutput | None:
+    """What holds the engine to a format's ``kind``: text, json_object or json_schema."""
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return StructuredOutput(json_object=True)
+    if schema is None:
+        raise InvalidRequest(f"{param}: missing", param=param)
+    return StructuredOutput(json_schema=json.dumps(schema.schema))
 
 
 def _arguments(text: str) -> Any:

@@ -6,13 +6,18 @@ What is the same in every event of a stream is encoded once: an event is then th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from services.frontend.detokenizer import detokenizer
 from services.frontend.generation import Delta, Usage
+from services.frontend.http_errors import error_body
+from services.frontend.order import Positions
 from services.frontend.tokenizer import Tokenizer
 from tandem.core.types import FinishReason
+from tandem.errors import TandemError
 from tandem.v1 import types_pb2
 
 DONE = b"data: [DONE]\n\n"
@@ -91,6 +96,9 @@ class Answer:
         if not self._include_usage:
             return DONE
         return self._prefix + b'],"usage":' + _encode(usage_fields(usage)) + b"}\n\n" + DONE
+
+    def failed(self, error: TandemError) -> bytes:
+        return event(error_body(error)) + DONE
 
     def _full_event(self, delta: Delta) -> bytes:
         choice = self._streamed_choice(delta)
@@ -171,36 +179,67 @@ class ChatAnswer(Answer):
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A prompt that is repeated: as it came, and what it was to the model."""
+
+    text: str
+    token_ids: Sequence[int]
+
+
 class CompletionAnswer(Answer):
     stream_object = whole_object = "text_completion"
     text_opening = b'"text":'
     text_closing = b""
 
-    def __init__(self, *, echo: Sequence[str] = (), n: int = 1, **rest: Any) -> None:
-        """``echo``: the texts of the prompts, where they are to be repeated before each of their ``n`` answers."""
+    def __init__(self, *, echo: Sequence[Echo] = (), n: int = 1, **rest: Any) -> None:
+        """``echo``: the prompts, where they are to be repeated before each of their ``n`` answers."""
         super().__init__(**rest)
-        self._echo = [text for text in echo for _ in range(n)]
-        self._offsets = [len(text) for text in self._echo] or [0] * self._choices
+        self._echo = [prompt for prompt in echo for _ in range(n)]
+        self._offsets = [len(prompt.text) for prompt in self._echo] or [0] * self._choices
 
     def head(self) -> bytes:
-        return self.events([Delta(index, text) for index, text in enumerate(self._echo)])
+        return self.events([Delta(index, prompt.text) for index, prompt in enumerate(self._echo)])
 
     def _streamed_choice(self, delta: Delta) -> dict[str, Any]:
         return {"text": delta.text}
 
     def _whole_choice(self, index: int, text: str) -> dict[str, Any]:
-        return {"text": (self._echo[index] if self._echo else "") + text}
+        return {"text": (self._echo[index].text if self._echo else "") + text}
 
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        tokens, values, tops, offsets = [], [], [], []
+        found = _Columns()
         for delta in deltas:
+            if delta.prompt_positions is not None:
+                self._prompt_logprobs(found, self._echo[delta.choice], delta.prompt_positions)
             for candidates in self._positions([delta]):
-                tokens.append(self._text(candidates[0]))
-                values.append(max(candidates[0].logprob, LEAST_LOGPROB))
-                tops.append({self._text(c): max(c.logprob, LEAST_LOGPROB) for c in candidates})
-                offsets.append(self._offsets[delta.choice])
+                self._add(found, candidates[0].token_id, candidates, self._offsets[delta.choice])
             self._offsets[delta.choice] += len(delta.text)
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+        return msgspec.structs.asdict(found)
 
-    def _text(self, candidate: types_pb2.TokenLogprob) -> str:
-        return self._tokenizer.token_bytes(candidate.token_id).decode("utf-8", "replace")
+    def _prompt_logprobs(self, found: _Columns, prompt: Echo, positions: Positions) -> None:
+        """The first token of a prompt has no log-probability: nothing comes before it."""
+        words = detokenizer(self._tokenizer)
+        offset = 0
+        for token, position in zip(prompt.token_ids, positions, strict=True):
+            self._add(found, token, position.tokens, offset)
+            offset += len(words.push(token))
+
+    def _add(self, found: _Columns, token: int, candidates: Sequence[types_pb2.TokenLogprob], offset: int) -> None:
+        found.tokens.append(self._text(token))
+        found.token_logprobs.append(max(candidates[0].logprob, LEAST_LOGPROB) if candidates else None)
+        tops = {self._text(c.token_id): max(c.logprob, LEAST_LOGPROB) for c in candidates}
+        found.top_logprobs.append(tops or None)
+        found.text_offset.append(offset)
+
+    def _text(self, token_id: int) -> str:
+        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+
+class _Columns(msgspec.Struct):
+    """The older API's log-probabilities."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []

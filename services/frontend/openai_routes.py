@@ -1,25 +1,41 @@
-"""OpenAI's two generating routes: from a request's body to a generation and the form of its answer."""
+"""OpenAI's generating routes: from a request's body to a generation and the form of its answer."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from services.frontend.generation import GenerationRequest
+from services.frontend.generation import Delta, GenerationRequest, Usage
 from services.frontend.intake import Caller, Intake
 from services.frontend.openai_requests import (
     CompletionRequest,
     OpenAIRequest,
     chat_decoder,
     completion_decoder,
+    template_arguments,
 )
-from services.frontend.openai_responses import Answer, ChatAnswer, CompletionAnswer
+from services.frontend.openai_responses import ChatAnswer, CompletionAnswer, Echo
 from services.frontend.options import decode
+from services.frontend.responses_api import ResponsesAnswer, responses_decoder
 from services.frontend.served_model import ServedModel
 from tandem.adapters.clock import unix_milliseconds
-from tandem.errors import InvalidRequest
+from tandem.errors import InvalidRequest, TandemError
+
+
+class AnswerForm(Protocol):
+    """How a generation is said over HTTP: ``head events* (tail | failed)``, or ``whole``."""
+
+    def head(self) -> bytes: ...
+
+    def events(self, deltas: Sequence[Delta]) -> bytes: ...
+
+    def tail(self, usage: Usage) -> bytes: ...
+
+    def failed(self, error: TandemError) -> bytes: ...
+
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +43,15 @@ class Exchange:
     """What to run, and how to say what comes of it."""
 
     request: GenerationRequest
-    answer: Answer
+    answer: AnswerForm
 
 
-Route = Callable[[bytes, Caller, float], Awaitable[Exchange]]
+#: From (body, caller, time of arrival) to what is to be generated, or to an answer that needs no generation.
+Route = Callable[[bytes, Caller, float], Awaitable[Exchange | bytes]]
 
 
 class OpenAIRoutes:
-    """``chat`` and ``completions`` take (body, caller, time of arrival)."""
+    """``chat``, ``completions`` and ``responses`` take (body, caller, time of arrival)."""
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
@@ -70,8 +87,6 @@ class OpenAIRoutes:
         n = wanted.n or 1
         if wanted.best_of not in (None, n):
             raise InvalidRequest("best_of: only the same as n", param="best_of")
-        if wanted.echo and wanted.logprobs is not None:
-            raise InvalidRequest("echo: not together with logprobs", param="echo")
         prompts = await self._prompts(model, wanted)
         request = self._intake.request(
             caller,
@@ -83,10 +98,32 @@ class OpenAIRoutes:
             n=n,
             streaming=bool(wanted.stream),
             logprobs=wanted.logprobs,
+            prompt_logprobs=wanted.logprobs if wanted.echo else None,
             arrival_s=arrival_s,
         )
-        echo = [_echoed(model, prompt) for prompt in wanted.prompts] if wanted.echo else ()
-        return Exchange(request, CompletionAnswer(echo=echo, n=n, **_common(request, wanted, model)))
+        texts = [_echoed(model, prompt) for prompt in wanted.prompts] if wanted.echo else []
+        echo = [Echo(text, ids) for text, ids in zip(texts, prompts, strict=False)]
+        answer = CompletionAnswer(echo=echo, n=n, **_common(request, wanted, model))
+        return Exchange(request, answer)
+
+    async def responses(self, body: bytes, caller: Caller, arrival_s: float) -> Exchange:
+        wanted = decode(responses_decoder, body)
+        wanted.refuse_what_needs_memory()
+        model = self._intake.model(wanted.model)
+        text = model.render(wanted.messages, extra=template_arguments(wanted.chat_template_kwargs))
+        prompt = await self._intake.tokenise(model, text, add_special_tokens=False, param="input")
+        request = self._intake.request(
+            caller,
+            model,
+            [prompt],
+            wanted,
+            id="resp_" + uuid.uuid4().hex,
+            param="input",
+            streaming=bool(wanted.stream),
+            structured_output=wanted.structured_output,
+            arrival_s=arrival_s,
+        )
+        return Exchange(request, ResponsesAnswer(wanted, id=request.id, created=unix_milliseconds() // 1000))
 
     async def _prompts(self, model: ServedModel, wanted: CompletionRequest) -> list[list[int]]:
         prompts = wanted.prompts
@@ -95,14 +132,12 @@ class OpenAIRoutes:
                 f"prompt: more than {self._intake.limits.max_n} answers in one request", param="prompt"
             )
         special = wanted.add_special_tokens is not False
-        size = model.tokenizer.vocab_size
         found = []
         for prompt in prompts:
             if isinstance(prompt, str):
                 found.append(await self._intake.tokenise(model, prompt, add_special_tokens=special, param="prompt"))
-            elif prompt and not (min(prompt) >= 0 and max(prompt) < size):
-                raise InvalidRequest(f"prompt: holds a token id outside the vocabulary of {size}", param="prompt")
             else:
+                self._intake.check_token_ids(model, prompt, param="prompt")
                 found.append(prompt)
         return found
 

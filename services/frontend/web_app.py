@@ -1,4 +1,4 @@
-"""Everything over HTTP that does not generate: health, readiness, models, documentation, and OpenAI's errors."""
+"""Everything over HTTP that takes no body: health, readiness, models, documentation, and OpenAI's errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ from starlette.exceptions import HTTPException
 from services.frontend.http_errors import error_body, error_headers, http_status
 from services.frontend.intake import Intake
 from services.frontend.openai_requests import ChatRequest, CompletionRequest
+from services.frontend.responses_api import ResponsesRequest
 from services.frontend.served_model import ServedModel
+from services.frontend.tokenize_routes import DetokenizeRequest, TokenizeRequest
 from tandem.adapters.clock import unix_milliseconds
 from tandem.errors import InvalidRequest, TandemError
 
 #: Routes that are served in front of this app; it documents them.
-GENERATING = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+POSTED = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
 
 
 def web_app(intake: Intake, readiness: Callable[[], Mapping[str, object]]) -> FastAPI:
@@ -76,7 +84,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """No such path, or not with this method."""
     assert isinstance(error, HTTPException)
     path = request.url.path
-    if path in GENERATING:
+    if path in POSTED:
         status, headers = 405, {"allow": "POST"}
     else:
         status, headers = error.status_code, dict(error.headers or {})
@@ -92,9 +100,9 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        refs, parts = msgspec.json.schema_components(GENERATING.values(), ref_template="#/components/schemas/{name}")
+        refs, parts = msgspec.json.schema_components(POSTED.values(), ref_template="#/components/schemas/{name}")
         schema.setdefault("components", {}).setdefault("schemas", {}).update(parts)
-        for path, ref in zip(GENERATING, refs, strict=True):
+        for path, ref in zip(POSTED, refs, strict=True):
             schema["paths"][path] = {
                 "post": {
                     "summary": path.removeprefix("/v1/").replace("/", " ").capitalize(),

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from tandem.adapters.bus import Bus, Message, Subscription
-from tandem.core.blocks import token_bytes
+from tandem.core.blocks import token_bytes, token_ids
 from tandem.core.types import FinishReason, RequestKey
 from tandem.errors import TandemError, UnknownRequest
 from tandem.v1 import bus_pb2, types_pb2
@@ -148,7 +148,12 @@ class FakeCluster:
                 )
                 for token in new
             ]
-            frame.logprobs.append(bus_pb2.LogprobsUpdate(rid=rid, seq=start, positions=positions))
+            update = bus_pb2.LogprobsUpdate(rid=rid, seq=start, positions=positions)
+            if start == 0 and submit.sampling.HasField("prompt_logprobs"):
+                update.prompt_positions.add()  # nothing comes before the first token
+                for token in token_ids(submit.prompt)[1:]:
+                    update.prompt_positions.add().tokens.add(token_id=token, logprob=-0.25, rank=1)
+            frame.logprobs.append(update)
 
     def _finish_of(self, key: RequestKey, submit: bus_pb2.Submit, reason: FinishReason) -> bus_pb2.Finish:
         finish = bus_pb2.Finish(

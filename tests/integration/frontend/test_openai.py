@@ -163,6 +163,26 @@ async def test_logprobs(site: Site) -> None:
     assert seen == [entry.token for entry in content]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_with_logprobs_covers_the_prompt(site: Site, stream: bool) -> None:
+    site.answer("ü!")
+    answer = await site.client.completions.create(model=MODEL, prompt="né a", echo=True, logprobs=1, stream=stream)
+    choices = [chunk.choices[0] async for chunk in answer if chunk.choices] if stream else [answer.choices[0]]
+    assert "".join(choice.text for choice in choices) == "né aü!"
+    parts = [choice.logprobs for choice in choices if choice.logprobs is not None]
+    prompt = site.ids("né a")
+    tokens = [token for part in parts for token in part.tokens]
+    assert len(tokens) == len(prompt) + len(site.ids("ü!")) + 1
+    values = [value for part in parts for value in part.token_logprobs]
+    assert values == [None, *[-0.25] * (len(prompt) - 1), *[-0.5] * (len(tokens) - len(prompt))]
+    assert parts[0].top_logprobs[0] is None
+    offsets = [offset for part in parts for offset in part.text_offset]
+    assert offsets == sorted(offsets)
+    assert offsets[len(prompt)] == len("né a") and offsets[-1] == len("né aü!")
+    submit = site.cluster.submits[0]
+    assert submit.local_only and submit.sampling.prompt_logprobs == 1
+
+
 async def test_models(site: Site) -> None:
     listed = [model async for model in site.client.models.list()]
     assert [model.id for model in listed] == [MODEL]
@@ -405,7 +425,8 @@ async def test_request_id_health_and_documentation(site: Site) -> None:
         ready = await client.get("/readyz")
         assert (ready.status_code, ready.json()["leaders"]) == (200, {MODEL: True})
         paths = (await client.get("/openapi.json")).json()
-        assert {"/v1/chat/completions", "/v1/completions", "/v1/models"} <= paths["paths"].keys()
+        posted = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize"}
+        assert posted | {"/v1/models"} <= paths["paths"].keys()
         assert "temperature" in paths["components"]["schemas"]["ChatRequest"]["properties"]
         assert (await client.get("/docs")).status_code == 200
 

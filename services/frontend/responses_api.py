@@ -1,0 +1,234 @@
+"""OpenAI's Responses API, for text and without memory: what goes in, and the answer, whole and as typed events.
+
+Nothing is stored: a conversation comes with every request, and a response cannot be asked for again.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from services.frontend.generation import Delta, Usage
+from services.frontend.http_errors import error_fields
+from services.frontend.openai_requests import JsonSchema, StreamOptions, structured
+from services.frontend.options import Count, Options
+from tandem.core.types import FinishReason, StructuredOutput
+from tandem.errors import InvalidRequest, TandemError
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    # What clients send back when they repeat an answer of ours as it was.
+    annotations: Any = None
+    logprobs: Any = None
+
+
+class InputItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+    type: Literal["message"] = "message"
+    id: str | None = None
+    status: str | None = None
+    phase: Any = None
+
+    def for_template(self) -> dict[str, Any]:
+        content = self.content
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str = ""
+    schema: dict[str, Any] | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class TextSettings(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    format: TextFormat | None = None
+    verbosity: Any = None  # no effect
+
+
+class ResponsesRequest(Options, kw_only=True):
+    model: Annotated[str, Meta(max_length=256)]
+    input: str | Annotated[list[InputItem], Meta(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    text: TextSettings | None = None
+    truncation: Literal["disabled"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    # Only as if they were not there.
+    previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None
+    background: bool | None = None
+    tools: list[Any] | None = None
+    # Accepted without effect.
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    reasoning: Any = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    store: Any = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    service_tier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+
+    def __post_init__(self) -> None:
+        if self.max_output_tokens is not None:
+            self.max_tokens = self.max_output_tokens
+
+    def refuse_what_needs_memory(self) -> None:
+        for field in ("previous_response_id", "conversation", "prompt"):
+            if getattr(self, field) is not None:
+                raise InvalidRequest(
+                    f"{field}: responses are not stored here; send the whole conversation as input", param=field
+                )
+        if self.background:
+            raise InvalidRequest("background: responses are not stored here", param="background")
+        if self.tools:
+            raise InvalidRequest("tools: not in responses; use /v1/chat/completions", param="tools")
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        items = self.input
+        said = [{"role": "user", "content": items}] if isinstance(items, str) else [i.for_template() for i in items]
+        return [{"role": "system", "content": self.instructions}, *said] if self.instructions else said
+
+    @property
+    def structured_output(self) -> StructuredOutput | None:
+        wanted = self.text.format if self.text is not None else None
+        if wanted is None:
+            return None
+        schema = None if wanted.schema is None else JsonSchema(schema=wanted.schema)
+        return structured(wanted.type, schema, param="text.format.schema")
+
+
+class ResponsesAnswer:
+    """One message of text. Events carry their number; the last one says how it ended, and holds the whole."""
+
+    def __init__(self, request: ResponsesRequest, *, id: str, created: int) -> None:
+        self._id = id
+        self._item_id = "msg_" + uuid.uuid4().hex
+        self._text: list[str] = []
+        self._incomplete = False
+        self._sent = 0
+        self._fields: dict[str, Any] = {
+            "id": id,
+            "object": "response",
+            "created_at": created,
+            "background": False,
+            "instructions": request.instructions,
+            "max_output_tokens": request.max_output_tokens,
+            "metadata": request.metadata or {},
+            "model": request.model,
+            "parallel_tool_calls": True,
+            "previous_response_id": None,
+            "store": False,
+            "temperature": request.temperature,
+            "tool_choice": "none",
+            "tools": [],
+            "top_p": request.top_p,
+            "truncation": "disabled",
+            "user": request.user,
+        }
+
+    # -- streamed --------------------------------------------------------------------------------------------------
+
+    def head(self) -> bytes:
+        begun = self._response("in_progress", [])
+        return (
+            self._event("response.created", response=begun)
+            + self._event("response.in_progress", response=begun)
+            + self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
+            + self._part_event("response.content_part.added", part=_part(""))
+        )
+
+    def events(self, deltas: Sequence[Delta]) -> bytes:
+        """One event for all the text that there is."""
+        text = self._take(deltas)
+        return self._part_event("response.output_text.delta", delta=text, logprobs=[]) if text else b""
+
+    def tail(self, usage: Usage) -> bytes:
+        text = "".join(self._text)
+        status = "incomplete" if self._incomplete else "completed"
+        item = self._item(status, [_part(text)])
+        return (
+            self._part_event("response.output_text.done", text=text, logprobs=[])
+            + self._part_event("response.content_part.done", part=_part(text))
+            + self._event("response.output_item.done", output_index=0, item=item)
+            + self._event(f"response.{status}", response=self._response(status, [item], usage))
+        )
+
+    def failed(self, error: TandemError) -> bytes:
+        fields = error_fields(error)
+        kept = {name: value for name, value in fields.items() if name != "type"}
+        response = self._response("failed", [])
+        response["error"] = {"code": error.code, "message": error.message}
+        return self._event("error", **kept) + self._event("response.failed", response=response)
+
+    # -- whole -----------------------------------------------------------------------------------------------------
+
+    def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
+        text = self._take(deltas)
+        status = "incomplete" if self._incomplete else "completed"
+        return _encode(self._response(status, [self._item(status, [_part(text)])], usage))
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _take(self, deltas: Sequence[Delta]) -> str:
+        text = "".join(delta.text for delta in deltas)
+        self._text.append(text)
+        self._incomplete = self._incomplete or any(delta.finish is FinishReason.LENGTH for delta in deltas)
+        return text
+
+    def _response(self, status: str, output: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
+        return {
+            **self._fields,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "output": output,
+            "usage": None if usage is None else _usage(usage),
+        }
+
+    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
+
+    def _part_event(self, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        number = self._sent
+        self._sent += 1
+        data = _encode({"type": kind, "sequence_number": number, **fields})
+        return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+responses_decoder = msgspec.json.Decoder(ResponsesRequest)
