@@ -4,11 +4,12 @@ A request without an SLO is refused for capacity only: the queue limit, in token
 better rank, so that a flood of background work closes no door to interactive work; past the limit those tenants are
 refused who hold more than their share of it, so that one tenant's flood closes no door to another.
 
-A request with an SLO is also refused as soon as it cannot be met: on arrival, if the work that is ahead of it would
-take too long even with every worker of the fleet at it; later, if what it has waited plus an idle fleet's prefill
-exceeds it. Both are lower bounds: who is refused would have been late. How many may be refused for lateness is capped
-per prompt-length class (powers of two), so that goodput is not bought by dropping the giants; past the cap they run
-as best effort, behind the rest.
+A request with an SLO is also refused as soon as it cannot be met. On arrival that is a lower bound: what is certainly
+ahead of it would take too long even with every worker of the fleet at it. Later it is a prediction: when its turn
+comes and the best plan's first token, inflated, would miss the SLO by ``late_share``; computing it all the same
+would only make others late. A class with ``best_effort`` has them run behind the rest instead, and ``refusal_cap``
+does so for a share of each prompt-length class (powers of two). Both cost dearly under overload: late prompts take
+the time in which others would have been on time.
 
 Every refusal says when a retry has a chance: the predicted time until the work that is there now is out of the way,
 counted pessimistically. It holds if nothing else arrives meanwhile. 0 = no wait will help.

@@ -5,7 +5,7 @@ worker p computes it and d pulls what it lacks. A plan is scored by what it does
 the first token over the target) and to everyone who decodes beside it (``r2``, their inter-token latency over the
 target, the *TPOT guard*):
 
-    score = r1^2 + r2^2 + 200*max(0, r1-0.9) + 200*max(0, r2-0.85) + 50*max(0, kv-0.95)          lowest wins
+    score = r1^2 + r2^2 + 200*max(0, r1-0.8) + 200*max(0, r2-0.85) + 50*max(0, kv-0.95)          lowest wins
 
 Prefix hits count on both sides: cached tokens need no computing on p or d and no transfer to d. Hard filters take a
 worker out whatever its score; each names its reason. Nothing here changes any state: the answer is a ``Decision``,
@@ -89,6 +89,10 @@ class Candidate(NamedTuple):
     @property
     def itl_s(self) -> float:
         return self.row[4] / 1e3
+
+    @property
+    def ttft_of_target(self) -> float:
+        return self.row[6]
 
     @property
     def itl_of_target(self) -> float:

@@ -55,7 +55,7 @@ class Policy:
     default_osl_tokens: int = _knob(256, "expected output length before any request of a class has ended")
     osl_memory: float = _knob(0.02, "weight of a new request in the mean output length of its class")
     # placement
-    first_token_guard: float = _knob(0.9, "share of the TTFT target above which a plan's score rises steeply")
+    first_token_guard: float = _knob(0.8, "share of the TTFT target above which a plan's score rises steeply")
     tpot_guard: float = _knob(0.85, "share of the TPOT target above which a plan's score rises steeply")
     kv_guard: float = _knob(0.95, "share of a decode worker's KV above which a plan's score rises")
     default_tpot_s: float = _knob(0.1, "TPOT that placement aims at where no SLO is given, seconds")
@@ -64,15 +64,16 @@ class Policy:
     local_prefill: bool = _knob(True, "decode workers may prefill by themselves where a prefill worker could do it")
     remote_prefill: bool = _knob(True, "prefill workers may prefill for decode workers")
     # late binding
-    credit_s: float = _knob(0.2, "a worker gets work while its predicted pending prefill is below this, seconds")
+    credit_s: float = _knob(0.1, "a worker gets work while its predicted pending prefill is below this, seconds")
     kv_share: float = _knob(0.9, "share of a worker's KV blocks that may be reserved")
-    hold_s: float = _knob(2.0, "how long a request waits for a better but busy worker while another one idles, seconds")
+    hold_s: float = _knob(0.5, "how long a request waits for a better but busy worker while another one idles, seconds")
     scan_depth: int = _knob(8, "requests that one poll passes over at most")
     scan_per_tenant: int = _knob(3, "requests of one tenant and class that one poll passes over at most")
     # admission
     queue_limit_tokens: int = _knob(4_000_000, "tokens that may wait, counted over classes of equal or better rank")
     no_worker_grace_s: float = _knob(30.0, "how long queued requests wait for any worker to come, seconds")
-    refusal_cap: float = _knob(0.5, "share of each prompt-length class that may be refused for lateness")
+    late_share: float = _knob(1.1, "predicted first token, as a share of its SLO, above which a request is given up")
+    refusal_cap: float = _knob(1.0, "share of each prompt-length class that may be refused for lateness; 1 = no cap")
     forget_after_s: float = _knob(30.0, "accounting of a request is dropped this long after its hard limit, seconds")
     # fairness
     output_weight: float = _knob(2.0, "an output token counts like this many uncached input tokens")

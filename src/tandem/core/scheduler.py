@@ -293,14 +293,12 @@ class Scheduler:
     def _try(self, entry: Entry, now: float, effects: list[Effect]) -> bool:
         """Places the entry (True), or refuses, parks or leaves it."""
         inquiry = self._inquiry(entry, now)
-        if inquiry.targets.binding and not entry.late and self._admission.cannot_meet(entry, inquiry.targets, now):
-            if self._admission.refuses_late(entry):
-                self._refuse(entry, self._admission.late_error(entry, inquiry.targets), now, effects)
-            else:
-                self._queue.demote(entry)
-                self._stirred = True
-            return False
+        hopeful = inquiry.targets.binding and not entry.late
+        if hopeful and self._admission.cannot_meet(entry, inquiry.targets, now):
+            return self._give_up(entry, inquiry, now, effects)
         decision = self._decide(inquiry, now, self._rng)
+        if hopeful and decision.best is not None and decision.best.ttft_of_target > self.policy.late_share:
+            return self._give_up(entry, inquiry, now, effects)
         candidate = self._with_credit(decision, inquiry)
         if candidate is not None:
             self._dispatch(entry, inquiry, decision, candidate, now, effects)
@@ -314,6 +312,15 @@ class Scheduler:
             self._look_again(now + max(_MIN_WAKEUP_S, decision.best.pending_s - inquiry.credit_s))
             if inquiry.waited_s < self.policy.hold_s:
                 self._look_again(now + self.policy.hold_s - inquiry.waited_s)
+        return False
+
+    def _give_up(self, entry: Entry, inquiry: Inquiry, now: float, effects: list[Effect]) -> bool:
+        """It will be late: refused, or from now on behind the rest. False, as nothing is placed."""
+        if self._admission.refuses_late(entry):
+            self._refuse(entry, self._admission.late_error(entry, inquiry.targets), now, effects)
+        else:
+            self._queue.demote(entry)
+            self._look_again(now)
         return False
 
     def _with_credit(self, decision: Decision, inquiry: Inquiry) -> Candidate | None:

@@ -77,6 +77,28 @@ def test_a_waiting_request_is_refused_when_its_deadline_is_lost() -> None:
     assert isinstance(f.refused[request("r").key], DeadlineInfeasible)
 
 
+@pytest.mark.parametrize("late_share", [1.1, 100.0])
+def test_when_its_turn_comes_a_request_that_would_be_late_is_given_up(late_share: float) -> None:
+    """An idle fleet could still make it, but this one is busy: computing it would only delay others."""
+    f = fleet(decode=1, classes=SLO, policy=Policy(late_share=late_share, credit_s=10.0))
+    f.submit(request("first", isl=10000))
+    f.poll()
+    f.submit(request("second", isl=6000))
+    f.run(until=5.0)
+    assert (request("second").key in f.refused) == (late_share < 2.0)
+
+
+def test_a_late_request_of_a_best_effort_class_starts_without_another_event() -> None:
+    classes = {"chat": RequestClass(name="chat", ttft_slo_s=0.5, best_effort=True)}
+    f = fleet(decode=1, classes=classes)
+    f.scheduler.worker_suspect("d0", True, 0.0)
+    f.submit(request("r", isl=4000, osl=5))
+    f.run(until=1.0)
+    f.scheduler.worker_suspect("d0", False, f.now)
+    f.drain()
+    assert f.placed[request("r").key][0] < 1.1
+
+
 def test_best_effort_runs_behind_the_rest_instead() -> None:
     classes = {
         "chat": RequestClass(name="chat", ttft_slo_s=1.0, best_effort=True),

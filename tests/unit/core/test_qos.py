@@ -75,7 +75,7 @@ def beside_background(load: float) -> VirtualFleet:
 
 
 def test_background_does_not_move_the_top_class() -> None:
-    """p95 queue wait of the top class: within one credit (0.2 s) of what it is alone, at whatever background load:
+    """p95 queue wait of the top class: within 0.2 s of what it is alone, at whatever background load:
     1x and 10x differ by less than 0.05 s. And background fills what is left."""
     alone, full, flooded = (p95(waits(beside_background(load), "top")) for load in (0.0, 1.0, 10.0))
     assert full <= alone + 0.2
