@@ -27,29 +27,24 @@ from tandem.core.placement import unfit
 from tandem.core.policy import Policy, RequestClass, Tenant
 from tandem.core.queueing import Entry, FairCounters, FairQueue
 from tandem.core.slo import Targets, deadline_s, targets
-from tandem.core.types import Request, Role
+from tandem.core.types import Request
 from tandem.errors import ContextLengthExceeded, DeadlineInfeasible, InvalidRequest, NoWorkers, Overloaded
 
 _MIN_RETRY_S, _MAX_RETRY_S = 0.1, 600.0
 
 
-def check_feasible(request: Request, workers: Iterable[WorkerView]) -> None:
+def check_feasible(request: Request, longest_tokens: int) -> None:
     """Raises NoWorkers if nothing that decodes is registered, ContextLengthExceeded if no worker could ever hold it.
 
-    A silent or draining worker counts as registered: whoever asks now may wait for it or for its successor.
+    ``longest_tokens``: what the largest decode worker holds, 0 = there is none. A silent or draining one counts:
+    whoever asks now may wait for it or for its successor.
     """
-    longest = 0
-    found = False
-    for view in workers:
-        if view.role is Role.DECODE and view.spec.model == request.model:
-            found = True
-            longest = max(longest, view.capacity_tokens)
-    if not found:
+    if not longest_tokens:
         raise NoWorkers(f"no worker of model {request.model!r} can decode at the moment", retry_after_s=1.0)
-    if request.isl_tokens >= longest:
+    if request.isl_tokens >= longest_tokens:
         raise ContextLengthExceeded(
             f"the prompt has {request.isl_tokens} tokens, and the largest worker of model {request.model!r} holds "
-            f"{longest} tokens of prompt and output",
+            f"{longest_tokens} tokens of prompt and output",
             param="prompt",
         )
 
@@ -143,7 +138,7 @@ class Admission:
 
     def admit(self, entry: Entry, now: float) -> None:
         """Raises what the entry is refused for; marks it late if it is to run behind the rest."""
-        check_feasible(entry.request, self._fleet.ordered)
+        check_feasible(entry.request, self._fleet.longest_tokens)
         excess = over_limit(entry, self._queue, self._counters, self._policy)
         if excess:
             raise self._overloaded(entry, excess)

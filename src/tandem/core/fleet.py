@@ -30,6 +30,7 @@ class Fleet:
         self.decoders: list[WorkerView] = []  # usable ones
         self.prefillers: list[WorkerView] = []  # usable ones
         self.set_aside: tuple[tuple[str, str], ...] = ()  # (worker id, why it is not usable)
+        self.longest_tokens = 0  # prompt and output that the largest decode worker holds, usable or not; 0 = none
         self.generation = 0  # rises when the set of usable workers, or a role, changes
         self.reserved: dict[str, RequestKey] = {}  # decode worker -> who waits for room on it
         self.openings = 0  # times that a worker got credit
@@ -97,6 +98,7 @@ class Fleet:
         self.decoders = [view for view in usable if view.role is Role.DECODE]
         self.prefillers = [view for view in usable if view.role is Role.PREFILL]
         self.set_aside = tuple((v.id, "draining" if v.draining else "silent") for v in self.ordered if not v.usable)
+        self.longest_tokens = max((v.capacity_tokens for v in self.ordered if v.role is Role.DECODE), default=0)
         held = {view.id for view in self.decoders}
         self.reserved = {worker: key for worker, key in self.reserved.items() if worker in held}
         self._dirty.update(self.views)

@@ -33,6 +33,8 @@ _PRIOR_VARIANCE = 0.25
 _CLIP_ERRORS = 3.0
 _CLIP_FLOOR = 0.25
 _ERROR_MEMORY = 0.03
+#: No engine step is shorter; what says so is a broken clock.
+_SHORTEST_S = 1e-6
 #: Share of a residual that moves all terms alike.
 _SHARED_RATE = 0.03
 
@@ -145,10 +147,10 @@ class PerfModel:
         return self.d0 + self.d1 * sequences + self.d2 * kv_tokens
 
     def observe(self, steps: Iterable[StepTiming]) -> None:
-        """Learns from what the worker's own clock measured. Steps without work or duration are skipped."""
+        """Learns from what the worker's own clock measured. Steps without work or a plausible duration are skipped."""
         prior = self.profile
         for step in steps:
-            if step.duration_s <= 0.0:
+            if step.duration_s < _SHORTEST_S:
                 continue
             if step.prefill_tokens > 0:
                 tokens = step.prefill_tokens + step.decode_sequences
