@@ -50,11 +50,13 @@ class Collected:
 
     outputs: list[EngineOutput] = field(default_factory=list)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    ended_at: float = 0.0
 
     def __call__(self, output: EngineOutput) -> None:
         assert not self.ended.is_set(), "news after the end"
         self.outputs.append(output)
         if output.finish is not None:
+            self.ended_at = time.monotonic()
             self.ended.set()
 
     @property
@@ -475,6 +477,21 @@ async def test_claims_and_the_leases_end(pair: Pair) -> None:
     assert pair.d.engine.claim_handoff(handoff.handoff_id, handoff.engine_id) is None
     await until(lambda: engine.claim_handoff(handoff.handoff_id, handoff.engine_id) is None, "the claim ends")
     assert await until(lambda: engine.stats().kv_blocks_used == 0, "blocks are free") < 2.0
+    before = engine.stats().reads_after_expiry
+    await run(pair.d.engine, prompt, handoff=handoff)  # nobody told this reader how long it may
+    await run(engine, pair.prompt(10))  # vLLM looks for news from readers with its steps only
+    await until(lambda: engine.stats().reads_after_expiry == before + 1, "the producer notices")
+    await pair.d.engine.reset_prefix_cache()
+
+
+async def test_urgent_requests_come_first(pair: Pair) -> None:
+    sinks = [
+        submit(pair.d.engine, pair.prompt(1500), replace(GREEDY, max_tokens=1), priority=priority)[1]
+        for priority in (5, 5, -1)
+    ]
+    for sink in sinks:
+        await sink.end()
+    assert sinks[2].ended_at < sinks[1].ended_at
 
 
 async def test_a_promise_that_has_passed_is_not_read(pair: Pair) -> None:
