@@ -8,15 +8,12 @@ and the frontend, who owns the request, submits again.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
 from typing import Any
 
 from tandem.adapters.bus import Bus
 from tandem.core.blocks import token_ids
-from tandem.core.types import RequestKey
 from tandem.engine.protocol import Engine, EngineOutput, EngineRequest, KvHandoff
 from tandem.errors import (
     BusUnavailable,
@@ -27,27 +24,17 @@ from tandem.errors import (
     TandemError,
     UnknownRequest,
 )
-from tandem.v1 import bus_pb2, types_pb2
+from tandem.v1 import bus_pb2
 from tandem.wire import codec, subjects
 from tandem.worker.answers import abort_finish, end_phase, error_finish, logprobs_update, timings_of
 from tandem.worker.handoffs import OpenHandoff, OpenHandoffs, Peers
 from tandem.worker.outbox import Outbox
+from tandem.worker.pulls import Pulls
 from tandem.worker.request_table import RequestTable, Running
 
 log = logging.getLogger(__name__)
 
-#: A pull that starts in the last third of its lease might outlive it.
-LEASE_RESERVE = 3
-
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
-
-
-@dataclass(slots=True)
-class _Pull:
-    """A handoff that was taken and has not shown a token yet."""
-
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    in_engine: bool = False
 
 
 class Execution:
@@ -77,9 +64,16 @@ class Execution:
         self._peers = peers
         self._spawn = spawn
         self._now = now
-        self._hop_timeout_s = hop_timeout_s
-        self._lease_s = lease_s
-        self._pulls: dict[RequestKey, _Pull] = {}
+        self._pulls = Pulls(
+            peers,
+            worker,
+            hop_timeout_s=hop_timeout_s,
+            lease_s=lease_s,
+            spawn=spawn,
+            now=now,
+            start=self._decode_from,
+            fall_back=self._prefill_here,
+        )
         self._runs = 0
         self.epoch = 0
         self.draining = False
@@ -114,7 +108,7 @@ class Execution:
             return
         running.peer = message.prefill.id
         running.timings.CopyFrom(message.timings)
-        self._spawn(self._pull(running, message.prefill, kv))
+        self._pulls.take(running, message.prefill, kv)
 
     def repair(self, message: bus_pb2.Repair) -> None:
         """Tokens from ``from_seq`` on, and the finish if there was one. A request that was handed over is asked of its
@@ -145,8 +139,7 @@ class Execution:
         """
         found = self._table.fence(request_id, max_attempt, choice, self._now())
         for running in found:
-            pull = self._pulls.get(running.key)
-            if pull is not None and not pull.in_engine:
+            if self._pulls.is_claiming(running):
                 self._end(running, abort_finish(running.rid), self._now())
             else:
                 self._engine.abort(running.engine_id)
@@ -251,10 +244,8 @@ class Execution:
 
     def _output(self, running: Running, output: EngineOutput) -> None:
         now = self._now()
-        pull = self._pulls.get(running.key)
-        if pull is not None and isinstance(output.error, HandoffFailed):
-            pull.news.set()  # without a token: the pull's own flow goes on from here
-            return
+        if isinstance(output.error, HandoffFailed) and self._pulls.news(running):
+            return  # without a token: what becomes of it is the pull's to say
         if output.cached_tokens is not None:
             running.cached_tokens = output.cached_tokens
         if output.transferred_bytes:
@@ -273,15 +264,10 @@ class Execution:
             self._finish(running, output, now)
 
     def _first_token(self, running: Running) -> None:
-        self._tell_pull(running)
+        self._pulls.news(running)
         self._event(running, bus_pb2.PHASE_DECODING)
         if running.leg == bus_pb2.LEG_LOCAL:
             self.on_cached(running.predicted_cached_tokens, running.cached_tokens)
-
-    def _tell_pull(self, running: Running) -> None:
-        pull = self._pulls.get(running.key)
-        if pull is not None:
-            pull.news.set()
 
     def _finish(self, running: Running, output: EngineOutput, now: float) -> None:
         assert output.finish is not None
@@ -301,7 +287,7 @@ class Execution:
         self._table.finished(running, finish, now)
         self._outbox.finish(running.frontend, finish)
         self._event(running, end_phase(running))
-        self._tell_pull(running)
+        self._pulls.news(running)
 
     # -- the prefill leg -------------------------------------------------------------------------------------------
 
@@ -351,43 +337,8 @@ class Execution:
 
     # -- the decode side of a handoff ------------------------------------------------------------------------------
 
-    async def _pull(self, running: Running, peer: types_pb2.WorkerRef, kv: KvHandoff) -> None:
-        started = self._now()
-        pull = self._pulls[running.key] = _Pull()
-        left = await self._peers.claim(peer, kv, self._worker) or 0.0
-        pulled = False
-        why = f"claim not granted ({left:.1f} s of the lease left)"
-        if running.finish is None and left >= self._lease_s / LEASE_RESERVE:
-            pull.in_engine = True
-            self._submit(running, handoff=kv, handoff_valid_s=left)
-            pulled = await self._first_news(running, peer, kv, pull.news)
-            why = "the KV could not be pulled"
-        del self._pulls[running.key]
-        self._spawn(self._peers.release(peer, kv, pulled=pulled))
-        if pulled:
-            running.timings.kv_transfer_s = running.timings.kv_transfer_s or self._now() - started
-        elif running.finish is None:
-            self._prefill_here(running, why)
-
-    async def _first_news(
-        self, running: Running, peer: types_pb2.WorkerRef, kv: KvHandoff, news: asyncio.Event
-    ) -> bool:
-        """True when the pull has come (a first token). Half a hop timeout without: the producer must show that it
-        lives. A producer that lives and does not know the handoff any more has been read already, or its lease is
-        over: the engine, which knows how long the handoff is valid, sees to the rest."""
-        half = self._hop_timeout_s / 2
-        asking = True
-        while True:
-            try:
-                await asyncio.wait_for(news.wait(), half)
-                return bool(running.tokens)
-            except TimeoutError:
-                pass
-            if asking:
-                left = await self._peers.claim(peer, kv, self._worker, timeout_s=half)
-                if left is None:
-                    return bool(running.tokens)
-                asking = left > 0.0
+    def _decode_from(self, running: Running, kv: KvHandoff, valid_s: float) -> None:
+        self._submit(running, handoff=kv, handoff_valid_s=valid_s)
 
     def _prefill_here(self, running: Running, why: str) -> None:
         given_up = running.engine_id

@@ -119,6 +119,7 @@ async def test_a_gap_is_repaired_while_it_runs_and_after_its_end(site: Site) -> 
     assert not heard.ended
     site.frontend.deaf = True
     await site.nothing_left(d)
+    await asyncio.sleep(0.1)  # its last frames have been let fall
     site.frontend.deaf = False
     assert not heard.ended
     site.repair("d", 1, 10)
