@@ -7,6 +7,7 @@ character comes out as U+FFFD, as a decoding of all tokens at once would have it
 from __future__ import annotations
 
 from codecs import getincrementaldecoder
+from collections.abc import Sequence
 
 from services.frontend.tokenizer import Tokenizer
 
@@ -24,8 +25,11 @@ class Detokenizer:
         raise NotImplementedError
 
 
-def detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> Detokenizer:
+def detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool = True, but: Sequence[str] = ()) -> Detokenizer:
+    """``but``: special tokens that are text all the same."""
     skipped = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
+    if but:
+        skipped = skipped - tokenizer.ids_of(but)
     if tokenizer.byte_table is not None:
         return _ByteLevel(tokenizer.byte_table, skipped)
     return _Windowed(tokenizer, skipped)

@@ -15,6 +15,7 @@ from services.frontend.cluster import Cluster
 from services.frontend.detokenizer import detokenizer
 from services.frontend.journey import Journey
 from services.frontend.order import Consumer, Order, Outcome, Positions
+from services.frontend.parsers.output import Call, NewParser, Parsed
 from services.frontend.served_model import ServedModel
 from services.frontend.stop_strings import StopStrings
 from tandem import errors
@@ -38,6 +39,8 @@ class GenerationRequest:
     n: int = 1
     stop: Sequence[str] = ()
     skip_special_tokens: bool = True
+    #: Takes each choice's text apart.
+    new_parser: NewParser | None = None
     #: The client sees tokens before the end.
     streaming: bool = True
     tenant: str = "default"
@@ -62,10 +65,12 @@ class Usage:
 
 @dataclass(slots=True)
 class Delta:
-    """News of one choice: one token's text (may be empty), or the end."""
+    """News of one choice: what one token says (may be nothing), or the end."""
 
     choice: int
     text: str = ""
+    reasoning: str = ""
+    calls: Sequence[Call] = ()
     token_ids: Sequence[int] = ()
     positions: Positions | None = None
     prompt_positions: Positions | None = None
@@ -245,7 +250,7 @@ class Generations:
 class _Choice(Consumer):
     """From a journey's tokens to deltas: detokenised, cut at stop strings."""
 
-    __slots__ = ("_detokenizer", "_ends", "_generation", "_index", "_stops", "_tokens", "journey")
+    __slots__ = ("_detokenizer", "_ends", "_generation", "_index", "_parser", "_stops", "_tokens", "journey")
 
     def __init__(self, generation: Generation, index: int) -> None:
         self.journey: Journey | None = None
@@ -256,7 +261,12 @@ class _Choice(Consumer):
 
     def _reset(self) -> None:
         request = self._generation.request
-        self._detokenizer = detokenizer(request.model.tokenizer, skip_special_tokens=request.skip_special_tokens)
+        self._parser = request.new_parser() if request.new_parser is not None else None
+        self._detokenizer = detokenizer(
+            request.model.tokenizer,
+            skip_special_tokens=request.skip_special_tokens,
+            but=self._parser.markers if self._parser is not None else (),
+        )
         self._stops = StopStrings(request.stop) if request.stop else None
         self._tokens = 0
 
@@ -272,15 +282,16 @@ class _Choice(Consumer):
             text = "" if token in self._ends else self._detokenizer.push(token)
             if self._stops is not None:
                 text = self._cut(text)
-            generation.push(
-                Delta(
-                    self._index,
-                    text,
-                    (token,),
-                    positions[i : i + 1] if positions is not None else None,
-                    prompt_positions if i == 0 else None,
-                )
+            delta = Delta(
+                self._index,
+                text,
+                token_ids=(token,),
+                positions=positions[i : i + 1] if positions is not None else None,
+                prompt_positions=prompt_positions if i == 0 else None,
             )
+            if self._parser is not None:
+                _say(delta, self._parser.push(text))
+            generation.push(delta)
 
     def _cut(self, text: str) -> str:
         assert self._stops is not None
@@ -314,8 +325,15 @@ class _Choice(Consumer):
             rest = self._stops.push(rest)
             if self._stops.found is None:
                 rest += self._stops.finish()
-        if rest:
-            self._generation.push(Delta(self._index, rest))
+        delta = Delta(self._index, rest)
+        if self._parser is not None:
+            _say(delta, self._parser.push(rest) + self._parser.finish())
+        if delta.text or delta.reasoning or delta.calls:
+            self._generation.push(delta)
+
+
+def _say(delta: Delta, parsed: Parsed) -> None:
+    delta.text, delta.reasoning, delta.calls = parsed.text, parsed.reasoning, parsed.calls
 
 
 def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: int) -> Order:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from services.frontend.generation import GenerationRequest
 from services.frontend.options import Options
+from services.frontend.parsers.output import NewParser
 from services.frontend.served_model import ServedModel
 from services.frontend.tenants import Tenants
 from tandem.adapters.clock import monotonic
@@ -82,6 +83,7 @@ class Intake:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         structured_output: StructuredOutput | None = None,
+        new_parser: NewParser | None = None,
         arrival_s: float | None = None,
     ) -> GenerationRequest:
         """``param``: the field that the prompt came in, for messages."""
@@ -112,6 +114,7 @@ class Intake:
             n=n,
             stop=options.stop_strings,
             skip_special_tokens=options.skip_special_tokens is not False,
+            new_parser=new_parser,
             streaming=streaming,
             tenant=caller.tenant.name,
             request_class=request_class.name,

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from services.frontend.options import Count, Options
+from services.frontend.tools import Tool, ToolChoice
 from tandem.core.types import StructuredOutput
 from tandem.errors import InvalidRequest
 
@@ -114,8 +115,8 @@ class ChatRequest(OpenAIRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     response_format: ResponseFormat | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
+    tool_choice: ToolChoice | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
     # Accepted without effect.
@@ -139,10 +140,6 @@ class ChatRequest(OpenAIRequest, kw_only=True):
         if wanted is None:
             return None
         return structured(wanted.type, wanted.json_schema, param="response_format.json_schema")
-
-    @property
-    def offered_tools(self) -> list[dict[str, Any]] | None:
-        return None if self.tool_choice == "none" else self.tools or None
 
     @property
     def template_arguments(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from services.frontend.detokenizer import detokenizer
 from services.frontend.generation import Delta, Usage
 from services.frontend.http_errors import error_body
 from services.frontend.order import Positions
+from services.frontend.parsers.output import Call
 from services.frontend.tokenizer import Tokenizer
 from tandem.core.types import FinishReason
 from tandem.errors import TandemError
@@ -86,7 +87,7 @@ class Answer:
         """An event for each delta that says something."""
         out = []
         for delta in deltas:
-            if delta.positions is not None or delta.finish is not None:
+            if delta.positions is not None or delta.finish is not None or delta.reasoning or delta.calls:
                 out.append(self._full_event(delta))
             elif delta.text:
                 out += self._text_prefix[delta.choice], _encode(delta.text), self._text_suffix
@@ -103,7 +104,7 @@ class Answer:
     def _full_event(self, delta: Delta) -> bytes:
         choice = self._streamed_choice(delta)
         choice["logprobs"] = None if delta.positions is None else self._logprobs([delta])
-        choice["finish_reason"] = None if delta.finish is None else _FINISH[delta.finish]
+        choice["finish_reason"] = None if delta.finish is None else self._finish([delta])
         return self._prefix + _encode({"index": delta.choice, **choice}) + self._suffix
 
     # -- whole -----------------------------------------------------------------------------------------------------
@@ -121,9 +122,9 @@ class Answer:
                 "choices": [
                     {
                         "index": index,
-                        **self._whole_choice(index, "".join(delta.text for delta in mine)),
+                        **self._whole_choice(index, mine),
                         "logprobs": self._logprobs(mine) if any(d.positions is not None for d in mine) else None,
-                        "finish_reason": _FINISH[next(d.finish for d in mine if d.finish is not None)],
+                        "finish_reason": self._finish(mine),
                     }
                     for index, mine in enumerate(by_choice)
                 ],
@@ -136,8 +137,12 @@ class Answer:
     def _streamed_choice(self, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _whole_choice(self, index: int, text: str) -> dict[str, Any]:
+    def _whole_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _finish(self, deltas: Sequence[Delta]) -> str:
+        """Why it ended, which the last of them says."""
+        return _FINISH[next(delta.finish for delta in deltas if delta.finish is not None)]
 
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         raise NotImplementedError
@@ -156,11 +161,35 @@ class ChatAnswer(Answer):
         role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         return b"".join(self._prefix + b'{"index":%d,' % i + role + self._suffix for i in range(self._choices))
 
-    def _streamed_choice(self, delta: Delta) -> dict[str, Any]:
-        return {"delta": {"content": delta.text} if delta.text or delta.positions is not None else {}}
+    def __init__(self, **rest: Any) -> None:
+        super().__init__(**rest)
+        self._calls = [0] * self._choices
 
-    def _whole_choice(self, index: int, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _streamed_choice(self, delta: Delta) -> dict[str, Any]:
+        news: dict[str, Any] = {}
+        if delta.reasoning:
+            news["reasoning_content"] = delta.reasoning
+        if delta.text or (delta.positions is not None and not delta.reasoning):
+            news["content"] = delta.text
+        if delta.calls:
+            first = self._calls[delta.choice]
+            news["tool_calls"] = [{"index": first + i, **_call(call)} for i, call in enumerate(delta.calls)]
+            self._calls[delta.choice] += len(delta.calls)
+        return {"delta": news}
+
+    def _whole_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(d.text for d in deltas), "refusal": None}
+        if reasoning := "".join(delta.reasoning for delta in deltas):
+            message["reasoning_content"] = reasoning
+        if calls := [_call(call) for delta in deltas for call in delta.calls]:
+            message["tool_calls"] = calls
+            message["content"] = message["content"] or None
+            self._calls[index] = len(calls)
+        return {"message": message}
+
+    def _finish(self, deltas: Sequence[Delta]) -> str:
+        reason = super()._finish(deltas)
+        return "tool_calls" if reason == "stop" and self._calls[deltas[0].choice] else reason
 
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         content = []
@@ -177,6 +206,10 @@ class ChatAnswer(Answer):
             "logprob": max(candidate.logprob, LEAST_LOGPROB),
             "bytes": list(data),
         }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +237,8 @@ class CompletionAnswer(Answer):
     def _streamed_choice(self, delta: Delta) -> dict[str, Any]:
         return {"text": delta.text}
 
-    def _whole_choice(self, index: int, text: str) -> dict[str, Any]:
+    def _whole_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+        text = "".join(delta.text for delta in deltas)
         return {"text": (self._echo[index].text if self._echo else "") + text}
 
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:

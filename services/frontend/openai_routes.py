@@ -20,6 +20,7 @@ from services.frontend.openai_responses import ChatAnswer, CompletionAnswer, Ech
 from services.frontend.options import decode
 from services.frontend.responses_api import ResponsesAnswer, responses_decoder
 from services.frontend.served_model import ServedModel
+from services.frontend.tools import tool_use
 from tandem.adapters.clock import unix_milliseconds
 from tandem.errors import InvalidRequest, TandemError
 
@@ -59,9 +60,13 @@ class OpenAIRoutes:
     async def chat(self, body: bytes, caller: Caller, arrival_s: float) -> Exchange:
         wanted = decode(chat_decoder, body)
         model = self._intake.model(wanted.model)
+        use = tool_use(wanted.tools, wanted.tool_choice, model)
+        structured = wanted.structured_output
+        if use.forced is not None and structured is not None:
+            raise InvalidRequest("response_format: not together with tools that must be called", param="tool_choice")
         text = model.render(
             [message.for_template() for message in wanted.messages],
-            tools=wanted.offered_tools,
+            tools=use.offered,
             extra=wanted.template_arguments,
         )
         # The template writes the special tokens itself.
@@ -76,7 +81,9 @@ class OpenAIRoutes:
             n=wanted.n or 1,
             streaming=bool(wanted.stream),
             logprobs=wanted.sampled_logprobs,
-            structured_output=wanted.structured_output,
+            structured_output=use.structured_output or structured,
+            # An answer that the engine holds to a form has room for neither reasoning nor calls.
+            new_parser=use.forced or (None if structured else model.new_parser(text, use.names)),
             arrival_s=arrival_s,
         )
         return Exchange(request, ChatAnswer(**_common(request, wanted, model)))
@@ -121,6 +128,7 @@ class OpenAIRoutes:
             param="input",
             streaming=bool(wanted.stream),
             structured_output=wanted.structured_output,
+            new_parser=None if wanted.structured_output else model.new_parser(text),
             arrival_s=arrival_s,
         )
         return Exchange(request, ResponsesAnswer(wanted, id=request.id, created=unix_milliseconds() // 1000))

@@ -6,13 +6,15 @@ Everything comes from the deployment file and from the model's folder; nothing o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from services.frontend.chat_template import ChatTemplate
+from services.frontend.parsers import families
+from services.frontend.parsers.output import NewParser
 from services.frontend.tokenizer import Tokenizer, read_json
 from tandem.adapters.deployment import Model
 from tandem.errors import ConfigError, InvalidRequest
@@ -32,6 +34,13 @@ class ServedModel:
     eos_ids: frozenset[int]
     #: Sampling that the model's author recommends (generation_config.json); what a request leaves out.
     defaults: Mapping[str, float] = field(default_factory=dict)
+    #: Names of the deployment file.
+    tool_parser: str = ""
+    reasoning_parser: str = ""
+
+    def new_parser(self, prompt: str, tools: Collection[str] = ()) -> NewParser | None:
+        """What takes an answer to the chat ``prompt`` apart; None: it is text throughout."""
+        return families.new_parser(self.tool_parser, self.reasoning_parser, prompt=prompt, tools=tools)
 
     def render(
         self,
@@ -61,6 +70,7 @@ def load(model: Model) -> ServedModel:
     folder = model.folder
     if not folder.is_dir():
         raise ConfigError(f"model {model.name!r}: no folder {folder}")
+    families.check(model.tool_parser, model.reasoning_parser)
     tokenizer = Tokenizer(folder)
     generation = read_json(folder / "generation_config.json")
     return ServedModel(
@@ -75,6 +85,8 @@ def load(model: Model) -> ServedModel:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if isinstance(generation.get(name), int | float)
         },
+        tool_parser=model.tool_parser,
+        reasoning_parser=model.reasoning_parser,
     )
 
 

@@ -57,6 +57,11 @@ class Tokenizer:
         text: str = self._hf.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def ids_of(self, tokens: Sequence[str]) -> frozenset[int]:
+        """Ids of those that are tokens."""
+        found = (self._hf.token_to_id(token) for token in tokens)
+        return frozenset(token_id for token_id in found if token_id is not None)
+
     def token_bytes(self, token_id: int) -> bytes:
         """What one token says by itself; special tokens too. Ids that no token has say nothing."""
         if self.byte_table is not None:

@@ -66,6 +66,12 @@ class Model(_Part):
         30.0, description="how long a prefill worker holds KV that nobody pulls, seconds"
     )
     chat_template: str = Field("", description="path of a Jinja chat template; the model folder's own when empty")
+    tool_parser: Literal["", "hermes", "llama3", "mistral", "harmony"] = Field(
+        "", description="how the model writes tool calls: hermes (Qwen too), llama3, mistral, or harmony (gpt-oss)"
+    )
+    reasoning_parser: Literal["", "think", "mistral", "harmony"] = Field(
+        "", description="how it marks its reasoning: think (<think>: Qwen, DeepSeek), mistral, or harmony (gpt-oss)"
+    )
     pools: Annotated[tuple[Pool, ...], Field(min_length=1)] = Field(description="the workers")
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,12 @@ StartSite = Callable[..., contextlib.AbstractAsyncContextManager[Site]]
 def start_site(nats_server: EmbeddedServer, byte_level_folder: Path, cluster: str) -> StartSite:  # noqa: F811
     @contextlib.asynccontextmanager
     async def start(
-        *, tenants: bool = False, limits: Limits | None = None, nats_url: str = "", **settings: Any
+        *,
+        tenants: bool = False,
+        limits: Limits | None = None,
+        nats_url: str = "",
+        model: Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> AsyncIterator[Site]:
         deployment = Deployment(
             cluster=cluster,
@@ -68,6 +73,7 @@ def start_site(nats_server: EmbeddedServer, byte_level_folder: Path, cluster: st
                     path=str(byte_level_folder),
                     max_model_len=512,
                     pools=(Pool(role=PoolRole.AGGREGATED, engine="sim"),),
+                    **(model or {}),
                 ),
             ),
             classes=(Class(name="interactive"), Class(name="batch", timeout_s=50.0)),

@@ -84,3 +84,10 @@ def test_added_tokens_with_spaces_are_taken_at_their_word(byte_level: Tokenizer)
     ids = byte_level.encode("x<tool call>y", add_special_tokens=False)
     assert "".join(pieces(byte_level, ids)) == "x<tool call>y"
     assert len(ids) == 3
+
+
+def test_special_tokens_that_a_parser_needs_are_text(byte_level_folder: Path) -> None:
+    tokenizer = Tokenizer(byte_level_folder)
+    ids = tokenizer.encode("<s><|im_start|>a", add_special_tokens=False)
+    words = detokenizer(tokenizer, but=("<|im_start|>", "<no such token>"))
+    assert "".join(map(words.push, ids)) == "<|im_start|>a"
