@@ -127,6 +127,15 @@ class Site:
     def phases(self, request_id: str) -> list[str]:
         return [bus_pb2.Phase.Name(e.phase)[6:].lower() for e in self.events if e.key.id == request_id]
 
+    async def told(self, request_id: str, phases: list[str]) -> None:
+        """Routers hear this of it, and no more."""
+        await until(lambda: len(self.phases(request_id)) >= len(phases), f"{phases} of {request_id}")
+        assert self.phases(request_id) == phases
+
+    async def told_last(self, phase: str, *request_ids: str) -> None:
+        for request_id in request_ids:
+            await until(lambda r=request_id: self.phases(r)[-1:] == [phase], f"{phase} of {request_id}")  # type: ignore[misc]
+
     async def worker(self, name: str, role: Role = Role.DECODE, *, lease_s: float = 30.0, **engine: Any) -> Worker:
         """``engine``: arguments of the simulated engine; a step takes 2 ms if they say nothing else."""
         pool = Pool(role=PoolRole(role.value), engine="sim")
