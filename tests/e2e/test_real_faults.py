@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    engine_args = {"kv_cache_memory_bytes": 384 << 20, "max_num_batched_tokens": 512}
+    engine_args = {"kv_cache_memory_bytes": 384 << 20}
     deployment: dict[str, Any] = {
         "models": [
             {
@@ -125,7 +125,7 @@ def test_a_hung_prefill_worker_costs_the_hop_timeout(
         send(prefill, signal.SIGCONT)
     assert answer.tokens == expected.tokens
     print(f"usually {usual_s:.2f} s, with a hung prefill worker {hung_s:.2f} s")
-    assert hung_s - usual_s < 8.0, "far more than the hop timeout of 2 s"
+    assert hung_s - usual_s < 8.0, "2 s is the aim; this allows for a busy machine"
     wait_for(lambda: idle(cluster), 15, "blocks freed")
     assert client.generate(prompts[1], 12).tokens == expected.tokens
 
@@ -139,7 +139,9 @@ def test_cancelled_prefills_leave_nothing(cluster: Cluster, client: Client, prom
         stream.cancel()
     cancelled = time.monotonic()
     wait_for(lambda: idle(cluster), 10, "blocks freed")
-    print(f"all KV blocks free {time.monotonic() - cancelled:.2f} s after the cancellation")
+    took_s = time.monotonic() - cancelled
+    print(f"all KV blocks free {took_s:.2f} s after the cancellation")
+    assert took_s < 5.0, "a second is the aim; this allows for a busy machine"
     answer = client.generate(prompts[2][:100], 4)
     assert len(answer.tokens) == 4
 

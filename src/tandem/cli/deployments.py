@@ -30,9 +30,6 @@ def default() -> Deployment:
     args = {
         # 23 KB a token: room for two contexts of full length.
         "kv_cache_memory_bytes": 384 * _MIB,
-        # A step of 512 prompt tokens takes about half a second on one core.
-        "max_num_batched_tokens": 512,
-        "enforce_eager": True,
     }
     pools = tuple(Pool(role=role, engine_args=args) for role in (PoolRole.PREFILL, PoolRole.DECODE))
     model = Model(name=DEFAULT_MODEL, path=DEFAULT_MODEL, max_model_len=8192, dtype="bfloat16", pools=pools)

@@ -15,8 +15,10 @@ from typing import Any
 from tandem.engine.protocol import EngineConfig
 from tandem.errors import ConfigError
 
-#: A step under half a second keeps a CPU worker responsive (SmolLM2-135M: about 900 tokens a second).
-_CPU_CHUNK_TOKENS = 512
+#: Two steps are under way at a time, and an abort waits for both: together they should stay under a second. With 512
+#: tokens KV was free 1.1 s after a cancelled prefill of SmolLM2-135M, with 256 after 0.6 s, at the same time to the
+#: first token (tests/e2e/test_real_faults.py prints it).
+_CPU_CHUNK_TOKENS = 256
 _CPU_KV_BYTES = 512 << 20
 _CPU_SEQUENCES = 32
 #: The CPU attention kernel's granularity.
