@@ -87,6 +87,7 @@ class Frontend:
         self._grpc = GrpcServer(
             settings.grpc_host or wanted.grpc.host,
             wanted.grpc.port if settings.grpc_port < 0 else settings.grpc_port,
+            max_request_bytes=wanted.limits.max_body_bytes,
         )
         service = InferenceService(self._intake, self.generations)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, self._grpc.server)

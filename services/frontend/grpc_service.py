@@ -58,9 +58,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             wanted = await self._chat_request(request, context)
             generation = self._generations.begin(wanted)
             async for deltas in _batches(generation):
-                response = inference_pb2.ChatResponse(id=wanted.id, text="".join(delta.text for delta in deltas))
+                response = inference_pb2.ChatResponse(
+                    id=wanted.id,
+                    text="".join(delta.text for delta in deltas),
+                    reasoning="".join(delta.reasoning for delta in deltas),
+                )
                 _close(response, deltas, generation)
-                if response.text or response.HasField("usage"):
+                if response.text or response.reasoning or response.HasField("usage"):
                     yield response
         except TandemError as error:
             await abort_with(context, error)
@@ -125,6 +129,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             _options(request.options),
             id="chat-" + uuid.uuid4().hex,
             param="messages",
+            new_parser=model.new_parser(text),
             streaming=True,
             arrival_s=arrival_s,
         )

@@ -111,7 +111,7 @@ class Tenant(_Part):
 
 
 class Limits(_Part):
-    max_body_bytes: int = Field(8_000_000, gt=0, description="HTTP request body")
+    max_body_bytes: int = Field(8_000_000, gt=0, description="HTTP request body, gRPC message")
     max_connections: int = Field(10_000, gt=0, description="open HTTP connections of one frontend")
     max_n: int = Field(16, gt=0, description="largest `n`")
     max_stop: int = Field(16, gt=0, description="stop strings in a request")

@@ -36,9 +36,20 @@ _STATUS = health_pb2.HealthCheckResponse
 class GrpcServer:
     """Bound when it is made, so that ``port`` is known; add the servicers to ``server``, then ``start``."""
 
-    def __init__(self, host: str, port: int = 0, *, credentials: grpc.ServerCredentials | None = None) -> None:
-        """``port`` 0 = any free one. ConfigError when it is taken."""
-        self.server = grpc.aio.server(options=_SERVER)
+    def __init__(
+        self,
+        host: str,
+        port: int = 0,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        max_request_bytes: int = _MAX_MESSAGE_BYTES,
+    ) -> None:
+        """``port`` 0 = any free one. ConfigError when it is taken.
+
+        gRPC itself ends a call with a message over ``max_request_bytes``, compressed or not, as RESOURCE_EXHAUSTED.
+        """
+        options = {**dict(_SERVER), "grpc.max_receive_message_length": max_request_bytes}
+        self.server = grpc.aio.server(options=tuple(options.items()))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
             if credentials is None:

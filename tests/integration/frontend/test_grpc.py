@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from examples.grpc_client import TandemClient
 from tandem import errors
+from tandem.adapters.deployment import Limits
 from tandem.adapters.grpc_errors import error_of
 from tandem.core.blocks import token_ids
 from tandem.v1 import inference_pb2, inference_pb2_grpc, types_pb2
@@ -140,3 +144,60 @@ async def test_health_and_reflection(site: Site) -> None:
                 names = {service.name for service in answer.list_services_response.service}
                 assert "tandem.v1.InferenceService" in names
                 break
+
+
+async def test_messages_may_be_compressed_and_have_a_limit(start_site: StartSite) -> None:
+    async with (
+        start_site(limits=Limits(max_body_bytes=20_000)) as site,
+        grpc.aio.insecure_channel(f"127.0.0.1:{site.frontend.grpc_port}") as channel,
+    ):
+        site.answer("fine")
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+
+        async def said(text: str, compression: grpc.Compression) -> str:
+            request = inference_pb2.GenerateRequest(model=MODEL, text=text)
+            call = stub.Generate(request, timeout=20.0, compression=compression)
+            return "".join([response.text async for response in call])
+
+        for compression in (grpc.Compression.NoCompression, grpc.Compression.Gzip, grpc.Compression.Deflate):
+            assert await said("a fox " * 30, compression) == "fine"
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await said("x" * 30_000, compression)  # compressed it would do
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert isinstance(error_of(caught.value), errors.PayloadTooLarge)
+
+
+async def test_reasoning_is_told_apart(start_site: StartSite) -> None:
+    async with (
+        start_site(model={"reasoning_parser": "think"}) as site,
+        grpc.aio.insecure_channel(f"127.0.0.1:{site.frontend.grpc_port}") as channel,
+    ):
+        site.answer("<think>Hm.</think>Yes.")
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        request = inference_pb2.ChatRequest(model=MODEL, messages=[inference_pb2.ChatMessage(role="user", content="q")])
+        answer = [response async for response in stub.Chat(request, timeout=20.0)]
+        assert "".join(response.reasoning for response in answer) == "Hm."
+        assert "".join(response.text for response in answer) == "Yes."
+
+
+README = Path(__file__).parents[3] / "services" / "frontend" / "README.md"
+LINE = r"^    grpcurl -plaintext -d '(.+)' localhost:9000 tandem\.v1\.InferenceService/(\w+)$"
+CALLS = re.findall(LINE, README.read_text(), re.MULTILINE)
+
+
+def test_every_call_is_documented() -> None:
+    service = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"]
+    assert {method for _, method in CALLS} == set(service.methods_by_name)
+
+
+@pytest.mark.parametrize(("body", "method"), CALLS)
+async def test_the_readmes_calls_work(site: Site, body: str, method: str) -> None:
+    site.answer("fine")
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{site.frontend.grpc_port}") as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        kind = getattr(inference_pb2, f"{method}Request")
+        request = json_format.Parse(body.replace('"MODEL"', f'"{MODEL}"'), kind())
+        if method == "ListModels":
+            assert (await stub.ListModels(request, timeout=20.0)).models
+        else:
+            assert "".join([r.text async for r in getattr(stub, method)(request, timeout=20.0)])
