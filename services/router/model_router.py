@@ -43,7 +43,7 @@ FENCE_TIMEOUT_S = 0.5
 #: While we may not place, the scheduler's wishes to be called wait this long.
 NOT_NOW_S = 0.25
 #: Between two looks for requests whose end nobody told us of.
-PRUNE_S = 5.0
+REPAIR_S = 1.0
 
 
 @dataclass(slots=True)
@@ -128,7 +128,7 @@ class ModelRouter:
                 tasks.create_task(self.fleet.watch_silence())
                 tasks.create_task(self.leadership.run())
                 tasks.create_task(self._save_counters())
-                tasks.create_task(self._prune())
+                tasks.create_task(self._repair_accounting())
         finally:
             if self._wakeup is not None:
                 self._wakeup.cancel()
@@ -298,13 +298,23 @@ class ModelRouter:
         for key in self.scheduler.queued():
             self._fail(key, NoLeader(f"{self._router} does not lead {self.model} any more"))
 
-    async def _prune(self) -> None:
-        """Some ends are never told: the scheduler finds out by itself, and what is kept here goes with it."""
+    async def _repair_accounting(self) -> None:
+        """Some ends are never told. After an outage of our own bus connection workers are asked for them; of the rest
+        the scheduler finds out by itself, and what is kept here goes with it."""
+        asked = self._bus.stats.reconnects
         while True:
-            await asyncio.sleep(PRUNE_S)
+            await asyncio.sleep(REPAIR_S)
+            if asked != self._bus.stats.reconnects and not self.fleet.bus_in_doubt():
+                asked = self._bus.stats.reconnects
+                self._ask_workers()
             for key in self._submitted.keys() - self._looking:
                 if self.scheduler.state_of(key) is None:
                     del self._submitted[key]
+
+    def _ask_workers(self) -> None:
+        question = bus_pb2.WorkerMessage(tell_again=bus_pb2.TellAgain()).SerializeToString()
+        for worker in self.fleet.members:
+            self._publish(subjects.work(self._cluster, worker), question, "")
 
     async def _save_counters(self) -> None:
         saved: Mapping[str, float] = {}

@@ -142,17 +142,23 @@ class Taint(_message.Message):
     prefill: _types_pb2.WorkerRef
     def __init__(self, prefill: _Optional[_Union[_types_pb2.WorkerRef, _Mapping]] = ...) -> None: ...
 
+class TellAgain(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class WorkerMessage(_message.Message):
-    __slots__ = ("assignment", "handoff", "repair", "taint")
+    __slots__ = ("assignment", "handoff", "repair", "taint", "tell_again")
     ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     REPAIR_FIELD_NUMBER: _ClassVar[int]
     TAINT_FIELD_NUMBER: _ClassVar[int]
+    TELL_AGAIN_FIELD_NUMBER: _ClassVar[int]
     assignment: Assignment
     handoff: Handoff
     repair: Repair
     taint: Taint
-    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., repair: _Optional[_Union[Repair, _Mapping]] = ..., taint: _Optional[_Union[Taint, _Mapping]] = ...) -> None: ...
+    tell_again: TellAgain
+    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., repair: _Optional[_Union[Repair, _Mapping]] = ..., taint: _Optional[_Union[Taint, _Mapping]] = ..., tell_again: _Optional[_Union[TellAgain, _Mapping]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "kv_transfer_s", "decode_s", "kv_transfer_bytes", "cached_tokens", "computed_tokens", "prefill_worker", "decode_worker", "itl_p50_s", "itl_p99_s")

@@ -190,6 +190,8 @@ class Worker:
                 self.execution.repair(work.repair)
             case "taint":
                 self.execution.taint(work.taint)
+            case "tell_again":
+                self.execution.tell_again()
             case kind:
                 log.error("message of unknown kind %r dropped", kind)
 

@@ -49,6 +49,7 @@ class World:
         self.rejects: dict[int, str] = {}
         self.work: dict[str, list[bus_pb2.Assignment]] = defaultdict(list)
         self.lost: list[str] = []
+        self.asked: list[str] = []
         ports = Ports(
             MemoryBus(self.hub),
             MemoryRegistry(self.store),
@@ -103,7 +104,11 @@ class World:
         return spec
 
     def _on_work(self, name: str, message: Message) -> None:
-        self.work[name].append(bus_pb2.WorkerMessage.FromString(message.data).assignment)
+        work = bus_pb2.WorkerMessage.FromString(message.data)
+        if work.HasField("assignment"):
+            self.work[name].append(work.assignment)
+        else:
+            self.asked.append(name)
 
     def submit(self, rid: int, *, attempt: int = 0, isl: int = 64, id: str = "") -> RequestKey:
         key = RequestKey(id or f"q{rid}", attempt, 0)
@@ -256,6 +261,21 @@ async def test_a_load_report_tells_the_epoch(world: World) -> None:
     )
     world.bus.publish(subjects.load("c", "w"), report.SerializeToString())
     await world.until(lambda: world.router.leadership.epoch > epoch + 10_000_000, "a new term above it")
+
+
+async def test_after_an_outage_of_the_bus_workers_are_asked_what_became_of_their_requests(world: World) -> None:
+    await world.worker("w")
+    world.hub.stop()
+    world.hub.start()
+    await world.until(lambda: world.asked == ["w"], "asked")
+
+
+async def test_what_the_scheduler_has_given_up_is_not_kept(world: World) -> None:
+    await world.worker("w")
+    key = world.submit(1)
+    await world.until(lambda: world.work["w"], "placed")
+    world.router.scheduler.failed(key, clock.monotonic())  # as its own repair from load reports does
+    await world.nothing_kept()
 
 
 def _fields(spec: WorkerSpec) -> dict[str, Any]:
