@@ -24,13 +24,14 @@ import sysconfig
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Self
 
 from tandem.adapters.clock import monotonic
-from tandem.adapters.parent_death import die_with_parent
 from tandem.errors import ConfigError, StartFailed, TimedOut
+from tandem.parent_death import die_with_parent
 
 HOST = "127.0.0.1"
 MAX_PAYLOAD = 8 * 1024 * 1024
@@ -242,7 +243,11 @@ class EmbeddedServer:
     def _spawn(self, command: ServerCommand) -> subprocess.Popen[bytes]:
         with self._log_path.open("ab") as log:
             return subprocess.Popen(
-                command.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=die_with_parent()
+                command.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
 
     def _why_it_left(self, status: int) -> str:

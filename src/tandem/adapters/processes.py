@@ -15,8 +15,8 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from tandem.adapters.parent_death import die_with_parent
 from tandem.errors import StartFailed
+from tandem.parent_death import die_with_parent
 
 #: A longer line of output is cut into pieces of this size.
 MAX_LINE_BYTES = 16_384
@@ -57,7 +57,7 @@ def run_directly(argv: Sequence[str]) -> Launch:
                 stdout=output_fd,
                 stderr=output_fd,
                 start_new_session=True,
-                preexec_fn=die_with_parent(),
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
         except OSError as error:
             raise StartFailed(f"{name}: cannot execute {argv[0]}: {error.strerror or error}") from error

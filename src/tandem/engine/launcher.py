@@ -35,8 +35,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from tandem.engine.lifeline import die_with_parent
 from tandem.errors import ConfigError, EngineFailed
+from tandem.parent_death import die_with_parent
 
 log = logging.getLogger(__name__)
 

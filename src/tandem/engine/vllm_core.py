@@ -27,7 +27,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from tandem.engine.lifeline import die_with_parent
+from tandem.parent_death import die_with_parent
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tandem.engine import launcher
-from tandem.engine.lifeline import die_with_parent
 from tandem.engine.protocol import EngineConfig, EngineInfo
 from tandem.engine.vllm_options import VllmOptions, engine_args, environment, kv_transfer_args
 from tandem.errors import ConfigError, EngineFailed
+from tandem.parent_death import die_with_parent
 
 _SOCKET_PATH_MAX = 107
 

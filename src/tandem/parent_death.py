@@ -12,7 +12,10 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # before any for
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Called in the child: SIGKILL when the parent's *thread* that forked us ends. No-op on other systems."""
+    """Called in the child: SIGKILL when the parent's *thread* that forked us ends, so fork from the main thread.
+
+    No-op on other systems.
+    """
     if _libc is None:
         return
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
