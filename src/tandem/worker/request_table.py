@@ -98,6 +98,9 @@ class RequestTable:
         """``request`` has ended; its tokens stay for ``retention_s``."""
         request.finish = finish
         request.finished_at = now
+        # Repair needs the tokens only, and a long prompt is most of what would be kept.
+        request.submit.ClearField("prompt")
+        request.submit.ClearField("block_hashes")
         self.running -= 1
         self._finished.append((now, request.key))
 
