@@ -124,15 +124,16 @@ def errors_page() -> list[str]:
         "",
         "Each error has one stable `code`: in HTTP bodies (`error.code`), in gRPC's trailing metadata",
         "(`tandem-error-bin`, an `ErrorDetail`), in logs and in metrics. *Retryable* means that the same request may",
-        "succeed if it is sent again; `retry-after` says when, where that is known.",
+        "succeed if it is sent again; with 429 and 503, `retry-after` says when. A stream that has opened says it as",
+        "an event of the same content. The hint travels along (`error.hint`).",
         "",
     ]
     rows = []
     for name, cls in sorted(errors.all_errors().items()):
         status, kind = HTTP_STATUS[cls]
         retry = "yes" if cls.retryable else "no"
-        rows.append((code(name), cls.meaning, retry, f"{status} {code(kind)}", code(STATUS[cls].name)))
-    return lines + table(("code", "meaning", "retryable", "HTTP", "gRPC"), rows)
+        rows.append((code(name), cls.meaning, cls.hint, retry, f"{status} {code(kind)}", code(STATUS[cls].name)))
+    return lines + table(("code", "meaning", "hint", "retryable", "HTTP", "gRPC"), rows)
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

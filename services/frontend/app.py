@@ -73,13 +73,13 @@ class Frontend:
             },
             self._intake,
             self.generations,
+            crowded=self._crowded,
         )
         self._http = _Server(
             uvicorn.Config(
                 app,
                 log_config=None,
                 backlog=BACKLOG,
-                limit_concurrency=wanted.limits.max_connections,
                 timeout_graceful_shutdown=int(settings.drain_timeout_s),
                 **connections.options(),
             )
@@ -107,6 +107,9 @@ class Frontend:
         connected = self.cluster.connected
         ready = connected and all(models.values()) and not self._draining
         return {"ready": ready, "bus": connected, "leaders": models, "draining": self._draining}
+
+    def _crowded(self) -> bool:
+        return len(self._http.server_state.connections) > self._deployment.limits.max_connections
 
     async def start(self) -> None:
         """Returns when connections are accepted. ConfigError if a port is taken."""

@@ -20,7 +20,15 @@ from services.frontend.intake import Caller, Intake
 from services.frontend.openai_responses import DONE, KEEP_ALIVE, event
 from services.frontend.openai_routes import AnswerForm, Route
 from tandem.adapters.clock import monotonic
-from tandem.errors import Cancelled, InternalError, InvalidRequest, PayloadTooLarge, RequestTimeout, TandemError
+from tandem.errors import (
+    Cancelled,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    RequestTimeout,
+    TandemError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +39,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 BODY_TIMEOUT_S = 30.0
+#: A frontend that is full is alive.
+PROBES = frozenset({"/healthz", "/readyz"})
 
 _JSON = (b"content-type", b"application/json")
 _SSE = [
@@ -47,13 +57,27 @@ class Disconnected(Exception):
 
 
 class PostedRoutes:
-    def __init__(self, app: App, routes: Mapping[str, Route], intake: Intake, generations: Generations) -> None:
+    def __init__(
+        self,
+        app: App,
+        routes: Mapping[str, Route],
+        intake: Intake,
+        generations: Generations,
+        *,
+        crowded: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``crowded``: there are more connections than there may be, so that only probes are answered."""
         self._app = app
+        self._crowded = crowded
         self._routes = dict(routes)
         self._intake = intake
         self._generations = generations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._crowded() and scope["path"] not in PROBES:
+            response = _Response(send, dict(scope["headers"]))
+            await response.error(Overloaded("too many connections"), (b"connection", b"close"))
+            return
         route = self._routes.get(scope["path"]) if scope["type"] == "http" else None
         if route is None or scope["method"] != "POST":
             await self._app(scope, receive, send)
@@ -174,8 +198,8 @@ class _Response:
         await self.open([_JSON, (b"content-length", str(len(body)).encode()), *(headers or [])], b"", status)
         await self.close(body)
 
-    async def error(self, error: TandemError) -> None:
+    async def error(self, error: TandemError, *headers: tuple[bytes, bytes]) -> None:
         if self._opened:
             await self.close(event(error_body(error)) + DONE)
         elif not isinstance(error, Cancelled):  # else nobody is there to read it
-            await self.whole(http_status(error), error_body(error), error_headers(error))
+            await self.whole(http_status(error), error_body(error), [*error_headers(error), *headers])

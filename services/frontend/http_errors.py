@@ -41,6 +41,10 @@ HTTP_STATUS: dict[type[errors.TandemError], tuple[int, str]] = {
 }
 
 
+#: With these a client is told when to come back, also where nothing better than "in a moment" is known.
+_LATER = frozenset({429, 503})
+
+
 def http_status(error: errors.TandemError) -> int:
     return HTTP_STATUS[type(error)][0]
 
@@ -53,6 +57,7 @@ def error_fields(error: errors.TandemError) -> dict[str, Any]:
         "param": error.param,
         "code": error.code,
         "retryable": error.retryable,
+        "hint": error.hint,
     }
 
 
@@ -61,8 +66,8 @@ def error_body(error: errors.TandemError) -> bytes:
 
 
 def error_headers(error: errors.TandemError) -> list[tuple[bytes, bytes]]:
-    if error.retry_after_s > 0:
-        return [(b"retry-after", str(math.ceil(error.retry_after_s)).encode())]
+    if error.retry_after_s > 0 or http_status(error) in _LATER:
+        return [(b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode())]
     if isinstance(error, errors.Unauthenticated):
         return [(b"www-authenticate", b"Bearer")]
     return []

@@ -86,7 +86,11 @@ def address_from_wire(ref: types_pb2.WorkerRef) -> WorkerAddress:
 
 def error_to_wire(error: errors.TandemError) -> types_pb2.ErrorDetail:
     return types_pb2.ErrorDetail(
-        code=error.code, message=error.message, retryable=error.retryable, retry_after_s=error.retry_after_s
+        code=error.code,
+        message=error.message,
+        retryable=error.retryable,
+        retry_after_s=error.retry_after_s,
+        hint=error.hint,
     )
 
 

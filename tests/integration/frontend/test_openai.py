@@ -431,6 +431,26 @@ async def test_request_id_health_and_documentation(site: Site) -> None:
         assert (await client.get("/docs")).status_code == 200
 
 
+async def test_over_the_limit_of_connections(start_site: StartSite) -> None:
+    from tandem.adapters.deployment import Limits
+
+    async with start_site(limits=Limits(max_connections=2)) as site:
+        site.answer("x")
+        held = [await asyncio.open_connection("127.0.0.1", site.frontend.http_port) for _ in range(2)]
+        await site.until(lambda: len(site.frontend._http.server_state.connections) == 2)
+        with pytest.raises(openai.RateLimitError) as caught:
+            await site.client.chat.completions.create(model=MODEL, messages=HELLO)
+        assert caught.value.code == "overloaded"
+        assert caught.value.response.headers["retry-after"] == "1"
+        async with httpx.AsyncClient(base_url=site.url) as client:
+            assert (await client.get("/healthz")).status_code == 200
+            assert (await client.get("/v1/models")).status_code == 429
+        for _, writer in held:
+            writer.close()
+        await site.until(lambda: not site.frontend._http.server_state.connections)
+        await site.client.chat.completions.create(model=MODEL, messages=HELLO)
+
+
 async def test_connections_send_small_writes_at_once(site: Site) -> None:
     import socket
 

@@ -41,11 +41,16 @@ def test_clients_mistakes_are_4xx_and_retryable_errors_are_not_400(error: type[e
         assert status == 429 or status >= 500
     body = json.loads(error_body(error("why", param="x")))["error"]
     assert (body["message"], body["param"], body["code"]) == ("why", "x", error.code)
+    assert body["hint"] == error.hint and error.hint.endswith(".")
+    assert codec.error_to_wire(error("why")).hint == error.hint
+    assert (b"retry-after" in dict(error_headers(error("why")))) == (status in (429, 503))
 
 
 def test_retry_after_is_rounded_up() -> None:
     assert error_headers(errors.Overloaded("x", retry_after_s=0.2)) == [(b"retry-after", b"1")]
-    assert error_headers(errors.Overloaded("x")) == []
+    assert error_headers(errors.Overloaded("x")) == [(b"retry-after", b"1")]
+    assert error_headers(errors.QueueTimeout("x", retry_after_s=1.5)) == [(b"retry-after", b"2")]
+    assert error_headers(errors.EngineFailed("x")) == []
 
 
 # -- leaders -----------------------------------------------------------------------------------------------------------
