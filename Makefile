@@ -8,6 +8,8 @@
 
 ENGINE ?= vllm
 ARGS ?=
+COUNT ?= 100000
+SEED ?= 1
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
     if $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then command -v $$p; exit; fi; \
     done; echo python3)
@@ -18,7 +20,7 @@ SUITES := $(wildcard $(addprefix tests/,unit contract integration chaos e2e))
 ENGINE_FLAG := $(if $(filter sim,$(ENGINE)),--engine sim)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev up test check unit contract integration chaos e2e proto docs lock format clean
+.PHONY: fuzz help setup setup-dev up test check unit contract integration chaos e2e proto docs lock format clean
 
 help:  ## this list
 	@grep -hE '^[a-z -]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-38s %s\n", $$1, $$2}'
@@ -41,6 +43,9 @@ check: setup-dev  ## ruff, mypy, import-linter, buf, generated code and pages up
 
 unit contract integration chaos e2e: setup-dev  ## one test suite
 	@$(PY) -m pytest tests/$@
+
+fuzz: setup-dev  ## hostile inputs to the frontend, COUNT of them
+	@$(PY) -m tests.fuzz.hostile --count $(COUNT) --seed $(SEED)
 
 proto: setup-dev  ## generate src/tandem/v1 from proto/
 	@$(PY) scripts/proto.py

@@ -29,6 +29,10 @@ def _write(folder: Path, tokenizer: Tokenizer) -> Path:
 @pytest.fixture(scope="session")
 def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small byte-level BPE model folder: most characters beyond ASCII are several tokens."""
+    return write_byte_level(tmp_path_factory.mktemp("byte-level"))
+
+
+def write_byte_level(folder: Path) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -40,7 +44,7 @@ def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_tokens([AddedToken("<tool call>", special=False)])
-    return _write(tmp_path_factory.mktemp("byte-level"), tokenizer)
+    return _write(folder, tokenizer)
 
 
 @pytest.fixture(scope="session")
