@@ -40,6 +40,10 @@ class Booking:
     booked_s: float = 0.0
 
 
+#: Own load as a report could show it: prompt tokens to compute, KV blocks, requests, KV tokens at most.
+_Own = tuple[int, int, int, int]
+
+
 class Reading(NamedTuple):
     """A worker's pending prefill at one moment, own and foreign. Not inflated."""
 
@@ -49,51 +53,53 @@ class Reading(NamedTuple):
     pending_s: float  # until all of it is computed
 
 
-class _Peak:
-    """Highest value of the last one to two windows, in O(1)."""
+class _Peaks:
+    """Highest values of the last one to two windows, in O(1)."""
 
     __slots__ = ("_bucket", "_current", "_previous", "_window")
 
     def __init__(self, window: float) -> None:
         self._window = window
         self._bucket = -1
-        self._current = 0
-        self._previous = 0
+        self._current = self._previous = (0, 0, 0, 0)
 
-    def note(self, value: int, now: float) -> None:
-        self._roll(value, now)
-        if value > self._current:
-            self._current = value
-
-    def read(self, value: int, now: float) -> int:
-        """``value`` is the present one."""
-        self._roll(value, now)
-        return max(value, self._current, self._previous)
-
-    def _roll(self, value: int, now: float) -> None:
+    def note(self, values: _Own, now: float) -> None:
         bucket = math.floor(now / self._window)
-        if bucket == self._bucket:
-            return
-        self._previous = self._current if bucket == self._bucket + 1 else value
-        self._current = value
-        self._bucket = bucket
+        if bucket != self._bucket:
+            self._previous = self._current if bucket == self._bucket + 1 else values
+            self._current = values
+            self._bucket = bucket
+        elif values != self._current:
+            (a, b, c, d), (e, f, g, h) = self._current, values
+            self._current = (a if a > e else e, b if b > f else f, c if c > g else g, d if d > h else h)
+
+    def read(self, values: _Own, now: float) -> _Own:
+        """``values`` are the present ones."""
+        self.note(values, now)
+        (a, b, c, d), (e, f, g, h) = self._current, self._previous
+        return (a if a > e else e, b if b > f else f, c if c > g else g, d if d > h else h)
+
+
+def _kv_format(spec: WorkerSpec) -> tuple[str, str, int] | None:
+    return (spec.dtype, spec.kv_layout, spec.block_size) if spec.kv_endpoint else None
 
 
 class WorkerView:
     """One incarnation of a worker. Plain attributes are read by placement; only methods change them."""
 
     __slots__ = (
-        "_dispatched", "_lag", "_peak_blocks", "_peak_kv", "_peak_seqs", "_peak_tokens", "_prefilling",
-        "_progress_from", "_reading", "_reading_at", "_recent_tokens", "_report", "_rho", "_rho_at", "bookings",
+        "_dispatched", "_lag", "_peaks", "_prefilling", "_progress_from",
+        "_reading", "_reading_at", "_recent_tokens", "_report", "_rho", "_rho_at", "bookings",
         "capacity_tokens", "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens", "foreign_sequences",
         "foreign_tokens",
-        "id", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf", "role", "spec",
-        "suspect", "transfer_bytes",
+        "id", "kv_format", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf", "role",
+        "spec", "suspect", "transfer_bytes",
     )  # fmt: skip
 
     def __init__(self, spec: WorkerSpec, perf: PerfModel, lag: float) -> None:
         self.id = spec.id
         self.spec = spec
+        self.kv_format = _kv_format(spec)  # None = its KV cannot leave, nor other KV come
         #: Prompt and output tokens of one request that fit when the worker is idle.
         self.capacity_tokens = min(spec.max_model_len, spec.kv_blocks_total * spec.block_size)
         self.role = spec.role
@@ -113,10 +119,7 @@ class WorkerView:
         self.foreign_sequences = 0
         self.foreign_kv_tokens = 0
         self._lag = lag
-        self._peak_tokens = _Peak(lag)
-        self._peak_blocks = _Peak(lag)
-        self._peak_seqs = _Peak(lag)
-        self._peak_kv = _Peak(lag)
+        self._peaks = _Peaks(lag)
         self._prefilling: dict[RequestKey, None] = {}  # in dispatch order
         self._progress_from = 0.0
         self._dispatched: deque[tuple[float, int]] = deque()
@@ -194,6 +197,7 @@ class WorkerView:
         """News (role, draining) of the same incarnation."""
         self._reading_at = -math.inf
         self.spec = spec
+        self.kv_format = _kv_format(spec)
         self.role = spec.role
         self.draining = spec.draining
 
@@ -203,13 +207,13 @@ class WorkerView:
         self.draining = load.draining
         if load.role is not None:
             self.role = load.role
-        self.foreign_tokens = max(0, load.pending_prefill_tokens - self._peak_tokens.read(self.own_tokens, now))
+        tokens, blocks, requests, kv_tokens = self._peaks.read(self._own(), now)
+        self.foreign_tokens = max(0, load.pending_prefill_tokens - tokens)
         share = self.foreign_tokens / load.pending_prefill_tokens if load.pending_prefill_tokens else 0.0
         self.foreign_context = share * load.pending_prefill_context_tokens
-        self.foreign_blocks = max(0, load.kv_blocks_used - self._peak_blocks.read(self.own_blocks, now))
-        requests = load.waiting_requests + load.running_requests
-        self.foreign_sequences = max(0, requests - self._peak_seqs.read(len(self.bookings), now))
-        self.foreign_kv_tokens = max(0, load.kv_tokens - self._peak_kv.read(self._kv_bound(), now))
+        self.foreign_blocks = max(0, load.kv_blocks_used - blocks)
+        self.foreign_sequences = max(0, load.waiting_requests + load.running_requests - requests)
+        self.foreign_kv_tokens = max(0, load.kv_tokens - kv_tokens)
         if not self.foreign_sequences:
             self.foreign_tokens = self.foreign_kv_tokens = 0
             self.foreign_context = 0.0
@@ -242,7 +246,8 @@ class WorkerView:
         if self._reading_at != now:
             tokens, context = self._pending(now)
             perf, chunk = self.perf, self.spec.max_batched_tokens
-            step = perf.p0 + perf.p1 * self.sequences + perf.p3 * self.kv_tokens
+            sequences = self.own_sequences + self.foreign_sequences
+            step = perf.p0 + perf.p1 * sequences + perf.p3 * (self.own_kv_tokens + self.foreign_kv_tokens)
             pending = perf.p1 * tokens + perf.p2 * context + math.ceil(tokens / chunk) * step
             self._reading = Reading(tokens, context, step, pending)
             self._reading_at = now
@@ -296,12 +301,9 @@ class WorkerView:
     def usable(self) -> bool:
         return not (self.draining or self.suspect)
 
-    def _kv_bound(self) -> int:
-        """KV tokens that our own bookings may show at most in a report."""
-        return self.own_blocks * self.spec.block_size
+    def _own(self) -> _Own:
+        blocks = self.own_blocks
+        return self.own_tokens, blocks, len(self.bookings), blocks * self.spec.block_size
 
     def _note_peaks(self, now: float) -> None:
-        self._peak_tokens.note(self.own_tokens, now)
-        self._peak_blocks.note(self.own_blocks, now)
-        self._peak_seqs.note(len(self.bookings), now)
-        self._peak_kv.note(self._kv_bound(), now)
+        self._peaks.note(self._own(), now)

@@ -19,14 +19,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import mul
 
 from tandem.core.profiles import Profile
 from tandem.core.types import StepTiming
 
 #: Multipliers of the profile's terms stay within [1/LIMIT, LIMIT].
 LIMIT = 20.0
+_LEAST = 1.0 / LIMIT
 #: Weight that a timing keeps after one more has come.
 _FORGET = 0.995
+_FORGET_SQRT = _FORGET**0.5
 #: Prior variance of each multiplier: about how wrong (relative) a profile's term may be.
 _PRIOR_VARIANCE = 0.25
 #: A relative residual is clipped to this many times the stated error, and never below the floor.
@@ -52,41 +55,46 @@ class _Regression:
 
     def update(self, contributions: list[float], measured: float) -> None:
         """``contributions``: each profile term's seconds before correction; ``measured``: seconds, positive."""
-        theta, cov = self.theta, self._cov
-        size = len(theta)
-        predicted = sum(t * c for t, c in zip(theta, contributions, strict=True))
+        predicted = sum(map(mul, self.theta, contributions))
         if predicted <= 0.0:
             return
         # Divided by the measurement the target is 1 and every residual is relative.
-        residual = (measured - predicted) / max(measured, predicted)
+        longer = max(measured, predicted)
+        residual = (measured - predicted) / longer
         clip = max(_CLIP_FLOOR, _CLIP_ERRORS * self.error)
         clipped = max(-clip, min(clip, residual))
-        scale = 1.0 / max(measured, predicted)
+        scale = 1.0 / longer
         x = [c * scale for c in contributions]
-        gain = [sum(row[j] * x[j] for j in range(size)) for row in cov]
+        gain = [sum(map(mul, row, x)) for row in self._cov]
         # Expected noise of a timing sets how fast certainty grows.
         noise = 0.01 + self.error * self.error
-        denominator = noise + sum(x[i] * gain[i] for i in range(size))
-        for i in range(size):
-            theta[i] = max(1.0 / LIMIT, min(LIMIT, theta[i] + gain[i] * clipped / denominator))
+        denominator = noise + sum(map(mul, x, gain))
+        theta = _bounded([t + g * clipped / denominator for t, g in zip(self.theta, gain, strict=True)])
         # What one step of least squares left over, all terms share: a whole worker is slower, or faster, sooner than
         # one of its terms is. This follows a drift after the covariance has become small.
-        corrected = sum(t * c for t, c in zip(theta, contributions, strict=True))
-        left_over = math.log(measured / corrected)
+        left_over = math.log(measured / sum(map(mul, theta, contributions)))
         shared = math.exp(_SHARED_RATE * max(-clip, min(clip, left_over)))
-        for i in range(size):
-            theta[i] = max(1.0 / LIMIT, min(LIMIT, theta[i] * shared))
-        for i in range(size):
-            for j in range(size):
-                cov[i][j] -= gain[i] * gain[j] / denominator
-        # Forgetting only what has been learnt: a direction without news never becomes less certain than the prior.
-        for i in range(size):
-            if cov[i][i] < _PRIOR_VARIANCE * _FORGET:
-                for j in range(size):
-                    cov[i][j] /= _FORGET**0.5
-                    cov[j][i] /= _FORGET**0.5
+        self.theta = _bounded([t * shared for t in theta])
+        self._gain_certainty(gain, denominator)
         self.error += _ERROR_MEMORY * (min(abs(measured - predicted) / predicted, 1.0) - self.error)
         self.count += 1
+
+    def _gain_certainty(self, gain: list[float], denominator: float) -> None:
+        """Forgets only what has been learnt: a direction without news never becomes less certain than the prior."""
+        cov = self._cov
+        variances = [cov[i][i] - g * g / denominator for i, g in enumerate(gain)]
+        keep = [_FORGET_SQRT if variance < _PRIOR_VARIANCE * _FORGET else 1.0 for variance in variances]
+        self._cov = [
+            [(c - g * h / denominator) / k / m for c, h, m in zip(row, gain, keep, strict=True)]
+            for row, g, k in zip(cov, gain, keep, strict=True)
+        ]
+
+
+def _bounded(theta: list[float]) -> list[float]:
+    """Within the limits of a multiplier."""
+    if min(theta) >= _LEAST and max(theta) <= LIMIT:
+        return theta
+    return [max(_LEAST, min(LIMIT, t)) for t in theta]
 
 
 @dataclass(frozen=True, slots=True)

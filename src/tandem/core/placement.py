@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -163,10 +163,7 @@ def full(view: WorkerView, need: int, share: float) -> str:
 
 def can_transfer(prefill: WorkerView, decode: WorkerView) -> bool:
     """Whether KV of one can be read by the other."""
-    a, b = prefill.spec, decode.spec
-    if not (a.kv_endpoint and b.kv_endpoint):
-        return False
-    return a.dtype == b.dtype and a.kv_layout == b.kv_layout and a.block_size == b.block_size
+    return prefill.kv_format is not None and prefill.kv_format == decode.kv_format
 
 
 def may_be_remote(request: Request) -> bool:
@@ -193,7 +190,7 @@ def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: flo
         cached = isl - 1  # the last token is always computed
     perf, chunk = view.perf, view.spec.max_batched_tokens
     fresh = isl - cached
-    work = perf.p1 * fresh + perf.p2 * suffix_context(isl, cached)
+    work = perf.p1 * fresh + perf.p2 * (fresh * (isl + cached - 1) / 2.0)  # suffix_context, in the inner loop
     tokens, context, step_s, pending_s = reading
     total = perf.p1 * tokens + perf.p2 * context + work + math.ceil((tokens + fresh) / chunk) * step_s
     own = work + math.ceil(fresh / chunk) * step_s
@@ -327,49 +324,59 @@ def _promising_prefillers(views: list[WorkerView], inquiry: Inquiry, count: int)
 
 def _plans_on(
     decode: WorkerView,
-    sources: Iterable[_Source],
+    sources: Sequence[_Source],
     inquiry: Inquiry,
     policy: Policy,
     now: float,
     found: list[Candidate],
 ) -> None:
     """Appends ``local(decode)`` and the best ``remote(p, decode)``, as far as the policy allows."""
-    isl = inquiry.request.isl_tokens
-    spec, perf, targets, inflation = decode.spec, decode.perf, inquiry.targets, policy.inflation
-    batch = decode.sequences + 1
-    kv_tokens = decode.kv_tokens + isl + 0.5 * inquiry.expected_osl * batch
-    step_s = inflation * perf.decode_step_s(batch, kv_tokens)
+    isl, waited = inquiry.request.isl_tokens, inquiry.waited_s
+    spec, targets, inflation = decode.spec, inquiry.targets, policy.inflation
+    batch = decode.own_sequences + decode.foreign_sequences + 1
+    kv_tokens = decode.own_kv_tokens + decode.foreign_kv_tokens + isl + 0.5 * inquiry.expected_osl * batch
+    step_s = inflation * decode.perf.decode_step_s(batch, kv_tokens)
     tau = disturbance_window_s(inquiry.expected_osl, targets.tpot_s)
     rho = decode.prefill_share_s(now, tau)
-    kv = (decode.blocks_in_use + need_blocks(decode, inquiry.reserve_tokens)) / spec.kv_blocks_total
-    waited = inquiry.waited_s
-
-    def add(
-        source: _Source, prefill: WorkerView | None, ttft_s: float, transfer_s: float, moved: float, itl_s: float
-    ) -> None:
-        r1, r2 = ttft_s / targets.ttft_s, itl_s / targets.tpot_s
-        terms = (1e3 * ttft_s, 1e3 * waited, 1e3 * source.total_s, 1e3 * transfer_s, 1e3 * itl_s, kv, r1, r2)
-        score = _score(r1, r2, kv, policy)
-        found.append(Candidate(score, decode, prefill, source.own_s, source.pending_s, moved, terms))
+    blocks = decode.own_blocks + decode.foreign_blocks + need_blocks(decode, inquiry.reserve_tokens)
+    kv = blocks / spec.kv_blocks_total
 
     if policy.local_prefill or not any(can_transfer(source.view, decode) for source in sources):
         local = _source(decode, decode.reading(now), inquiry, inflation)
-        disturbed = step_s / (1.0 - min(_MAX_DISTURBANCE, (rho + local.own_s) / tau))
-        add(local, None, waited + local.total_s, 0.0, 0.0, disturbed)
+        itl_s = step_s / (1.0 - min(_MAX_DISTURBANCE, (rho + local.own_s) / tau))
+        ttft_s = waited + local.total_s
+        r1, r2 = ttft_s / targets.ttft_s, itl_s / targets.tpot_s
+        terms = (1e3 * ttft_s, 1e3 * waited, 1e3 * local.total_s, 0.0, 1e3 * itl_s, kv, r1, r2)
+        found.append(Candidate(_score(r1, r2, kv, policy), decode, None, local.own_s, local.pending_s, 0.0, terms))
 
+    if not sources:
+        return
     missing = max(0, isl - inquiry.cached.get(decode.id, 0))
     moved = float(missing * spec.kv_bytes_per_token)
-    best: tuple[float, float, _Source] | None = None
+    best = _best_source(sources, decode, moved)
+    if best is None:
+        return
+    source, transfer_s = best
+    itl_s = step_s / (1.0 - min(_MAX_DISTURBANCE, rho / tau))
+    ttft_s = waited + (source.total_s + transfer_s) + step_s
+    r1, r2 = ttft_s / targets.ttft_s, itl_s / targets.tpot_s
+    terms = (1e3 * ttft_s, 1e3 * waited, 1e3 * source.total_s, 1e3 * transfer_s, 1e3 * itl_s, kv, r1, r2)
+    score = _score(r1, r2, kv, policy)
+    found.append(Candidate(score, decode, source.view, source.own_s, source.pending_s, max(1.0, moved), terms))
+
+
+def _best_source(sources: Sequence[_Source], decode: WorkerView, moved: float) -> tuple[_Source, float] | None:
+    """Where the prompt's KV is on ``decode`` soonest, ``moved`` bytes of it, and the seconds of the transfer."""
+    best: tuple[_Source, float] | None = None
+    until_best = math.inf
     for source in sources:
-        if best is not None and source.total_s >= best[0]:
+        if source.total_s >= until_best:
             break  # sorted: no later one can be better, whatever its link
-        if not can_transfer(source.view, decode):
+        view = source.view
+        if not can_transfer(view, decode):
             continue
-        link = max(1.0, min(source.view.spec.link_bytes_per_s, spec.link_bytes_per_s))
-        transfer_s = (moved + max(source.view.transfer_bytes, decode.transfer_bytes)) / link
-        if best is None or source.total_s + transfer_s < best[0]:
-            best = (source.total_s + transfer_s, transfer_s, source)
-    if best is not None:
-        until_kv, transfer_s, source = best
-        quiet = step_s / (1.0 - min(_MAX_DISTURBANCE, rho / tau))
-        add(source, source.view, waited + until_kv + step_s, transfer_s, max(1.0, moved), quiet)
+        link = max(1.0, min(view.spec.link_bytes_per_s, decode.spec.link_bytes_per_s))
+        transfer_s = (moved + max(view.transfer_bytes, decode.transfer_bytes)) / link
+        if source.total_s + transfer_s < until_best:
+            until_best, best = source.total_s + transfer_s, (source, transfer_s)
+    return best

@@ -92,14 +92,14 @@ class SimWorker:
 
     def _steps_until(self, quiet: _Quiet, now: float) -> int:
         """Least number of steps that ends at or after ``now``, within the run."""
-        low, high = 1, quiet.steps
-        while low < high:
-            middle = (low + high) // 2
-            if quiet.begin + self.model.quiet_s(middle) >= now:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        model, begin = self.model, quiet.begin
+        # Steps grow by so little that the first one's length nearly says it; the clock has the last word.
+        steps = min(quiet.steps, max(1, int((now - begin) / model.quiet_s(1))))
+        while steps > 1 and begin + model.quiet_s(steps - 1) >= now:
+            steps -= 1
+        while steps < quiet.steps and begin + model.quiet_s(steps) < now:
+            steps += 1
+        return steps
 
     def _run_quiet(self, quiet: _Quiet, steps: int) -> StepResult:
         batch, kv_tokens = len(self.model.decoding), self.model.decode_kv_tokens
