@@ -23,7 +23,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
-    type: Literal["input_text", "output_text", "text"]
+    type: Literal["input_text", "output_text", "text", "reasoning_text"]
     text: str
     # What clients send back when they repeat an answer of ours as it was.
     annotations: Any = None
@@ -31,15 +31,21 @@ class ContentPart(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class InputItem(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
-    type: Literal["message"] = "message"
+    """A message; or reasoning of an earlier answer, which models are not told again."""
+
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[ContentPart] | None = None
+    type: Literal["message", "reasoning"] = "message"
+    summary: Any = None
+    encrypted_content: Any = None
     id: str | None = None
     status: str | None = None
     phase: Any = None
 
     def for_template(self) -> dict[str, Any]:
         content = self.content
+        if self.role is None or content is None:
+            raise InvalidRequest("input: a message needs role and content", param="input")
         text = content if isinstance(content, str) else "\n".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
@@ -104,7 +110,10 @@ class ResponsesRequest(Options, kw_only=True):
     @property
     def messages(self) -> list[dict[str, Any]]:
         items = self.input
-        said = [{"role": "user", "content": items}] if isinstance(items, str) else [i.for_template() for i in items]
+        if isinstance(items, str):
+            said = [{"role": "user", "content": items}]
+        else:
+            said = [item.for_template() for item in items if item.type == "message"]
         return [{"role": "system", "content": self.instructions}, *said] if self.instructions else said
 
     @property
@@ -116,13 +125,32 @@ class ResponsesRequest(Options, kw_only=True):
         return structured(wanted.type, schema, param="text.format.schema")
 
 
+class _Item:
+    """A part of the output: the model's reasoning, or its message."""
+
+    def __init__(self, index: int, *, reasoning: bool) -> None:
+        self.index = index
+        self.id = ("rs_" if reasoning else "msg_") + uuid.uuid4().hex
+        self.text: list[str] = []
+        self.reasoning = reasoning
+        self.kind = "reasoning_text" if reasoning else "output_text"
+
+    def part(self) -> dict[str, Any]:
+        more: dict[str, Any] = {} if self.reasoning else {"annotations": [], "logprobs": []}
+        return {"type": self.kind, "text": "".join(self.text), **more}
+
+    def fields(self, status: str) -> dict[str, Any]:
+        content = [] if status == "in_progress" else [self.part()]
+        if self.reasoning:
+            return {"id": self.id, "type": "reasoning", "summary": [], "content": content, "status": status}
+        return {"id": self.id, "type": "message", "role": "assistant", "content": content, "status": status}
+
+
 class ResponsesAnswer:
-    """One message of text. Events carry their number; the last one says how it ended, and holds the whole."""
+    """One message of text, after the reasoning if there is any. The last event holds the whole, and how it ended."""
 
     def __init__(self, request: ResponsesRequest, *, id: str, created: int) -> None:
-        self._id = id
-        self._item_id = "msg_" + uuid.uuid4().hex
-        self._text: list[str] = []
+        self._items: list[_Item] = []
         self._incomplete = False
         self._sent = 0
         self._fields: dict[str, Any] = {
@@ -149,28 +177,22 @@ class ResponsesAnswer:
 
     def head(self) -> bytes:
         begun = self._response("in_progress", [])
-        return (
-            self._event("response.created", response=begun)
-            + self._event("response.in_progress", response=begun)
-            + self._event("response.output_item.added", output_index=0, item=self._item("in_progress", []))
-            + self._part_event("response.content_part.added", part=_part(""))
-        )
+        created = self._event("response.created", response=begun)
+        return created + self._event("response.in_progress", response=begun)
 
     def events(self, deltas: Sequence[Delta]) -> bytes:
-        """One event for all the text that there is."""
-        text = self._take(deltas)
-        return self._part_event("response.output_text.delta", delta=text, logprobs=[]) if text else b""
+        """One event for all the text that there is, and one for the reasoning before it."""
+        self._note_end(deltas)
+        return self._said("".join(delta.reasoning for delta in deltas), reasoning=True) + self._said(
+            "".join(delta.text for delta in deltas), reasoning=False
+        )
 
     def tail(self, usage: Usage) -> bytes:
-        text = "".join(self._text)
-        status = "incomplete" if self._incomplete else "completed"
-        item = self._item(status, [_part(text)])
-        return (
-            self._part_event("response.output_text.done", text=text, logprobs=[])
-            + self._part_event("response.content_part.done", part=_part(text))
-            + self._event("response.output_item.done", output_index=0, item=item)
-            + self._event(f"response.{status}", response=self._response(status, [item], usage))
-        )
+        status = self._status
+        opened = b"" if self._items and not self._items[-1].reasoning else self._next_item(reasoning=False)
+        closed = self._close(self._items[-1], status)
+        kind = f"response.{status}"
+        return opened + closed + self._event(kind, response=self._response(status, self._output(status), usage))
 
     def failed(self, error: TandemError) -> bytes:
         fields = error_fields(error)
@@ -182,17 +204,47 @@ class ResponsesAnswer:
     # -- whole -----------------------------------------------------------------------------------------------------
 
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes:
-        text = self._take(deltas)
-        status = "incomplete" if self._incomplete else "completed"
-        return _encode(self._response(status, [self._item(status, [_part(text)])], usage))
+        self.events(deltas)
+        if not self._items or self._items[-1].reasoning:
+            self._items.append(_Item(len(self._items), reasoning=False))
+        return _encode(self._response(self._status, self._output(self._status), usage))
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _take(self, deltas: Sequence[Delta]) -> str:
-        text = "".join(delta.text for delta in deltas)
-        self._text.append(text)
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._incomplete else "completed"
+
+    def _note_end(self, deltas: Sequence[Delta]) -> None:
         self._incomplete = self._incomplete or any(delta.finish is FinishReason.LENGTH for delta in deltas)
-        return text
+
+    def _output(self, status: str) -> list[dict[str, Any]]:
+        """Only the last item can be incomplete."""
+        return [item.fields(status if item is self._items[-1] else "completed") for item in self._items]
+
+    def _said(self, text: str, *, reasoning: bool) -> bytes:
+        if not text:
+            return b""
+        opened = b"" if self._items and self._items[-1].reasoning == reasoning else self._next_item(reasoning=reasoning)
+        item = self._items[-1]
+        item.text.append(text)
+        more: dict[str, Any] = {} if reasoning else {"logprobs": []}
+        return opened + self._of_part(item, f"response.{item.kind}.delta", delta=text, **more)
+
+    def _next_item(self, *, reasoning: bool) -> bytes:
+        closed = self._close(self._items[-1], "completed") if self._items else b""
+        item = _Item(len(self._items), reasoning=reasoning)
+        self._items.append(item)
+        added = self._event("response.output_item.added", output_index=item.index, item=item.fields("in_progress"))
+        return closed + added + self._of_part(item, "response.content_part.added", part=item.part())
+
+    def _close(self, item: _Item, status: str) -> bytes:
+        more: dict[str, Any] = {} if item.reasoning else {"logprobs": []}
+        return (
+            self._of_part(item, f"response.{item.kind}.done", text="".join(item.text), **more)
+            + self._of_part(item, "response.content_part.done", part=item.part())
+            + self._event("response.output_item.done", output_index=item.index, item=item.fields(status))
+        )
 
     def _response(self, status: str, output: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
         return {
@@ -204,21 +256,14 @@ class ResponsesAnswer:
             "usage": None if usage is None else _usage(usage),
         }
 
-    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"id": self._item_id, "type": "message", "role": "assistant", "status": status, "content": content}
-
-    def _part_event(self, kind: str, **fields: Any) -> bytes:
-        return self._event(kind, item_id=self._item_id, output_index=0, content_index=0, **fields)
+    def _of_part(self, item: _Item, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, item_id=item.id, output_index=item.index, content_index=0, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         number = self._sent
         self._sent += 1
         data = _encode({"type": kind, "sequence_number": number, **fields})
         return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -100,6 +100,7 @@ async def test_a_failure_after_the_opening_is_an_event(site: Site) -> None:
         ({"background": True}, "background"),
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"input": []}, "input"),
+        ({"input": [{"content": "no role"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, None),
         ({"truncation": "auto"}, "truncation"),
         ({"extra_body": {"colour": 1}}, "colour"),

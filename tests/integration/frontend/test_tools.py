@@ -100,10 +100,26 @@ async def test_a_conversation_with_calls_is_a_prompt(start_site: StartSite) -> N
         assert "<|im_start|>assistant\nI will.<|im_end|>\n<|im_start|>tool\n3<|im_end|>" in prompt
 
 
-async def test_reasoning_stays_out_of_responses_text(start_site: StartSite) -> None:
+async def test_reasoning_is_an_item_of_its_own_in_responses(start_site: StartSite) -> None:
     async with start_site(model=PARSERS) as site:
-        site.answer("<think>secret</think>\nopen")
-        assert (await site.client.responses.create(model=MODEL, input="q")).output_text == "open"
+        site.answer("<think>Hm, grüß.</think>\nopen")
+        response = await site.client.responses.create(model=MODEL, input="q")
+        stream = await site.client.responses.create(model=MODEL, input="q", stream=True)
+        events = [event async for event in stream]
+        thought = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
+        assert events[-1].type == "response.completed" and thought == "Hm, grüß."
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        for whole in (response, events[-1].response):
+            assert whole.output_text == "open"
+            assert [item.type for item in whole.output] == ["reasoning", "message"]
+            assert whole.output[0].type == "reasoning" and whole.output[0].content[0].text == "Hm, grüß."
+        again = [{"role": "user", "content": "q"}, *[item.model_dump() for item in response.output]]
+        await site.client.responses.create(model=MODEL, input=[*again, {"role": "user", "content": "r"}])
+        prompt = site.tokenizer.decode(token_ids(site.cluster.submits[-1].prompt), skip_special_tokens=False)
+        assert "q<|im_end|>\n<|im_start|>assistant\nopen<|im_end|>\n<|im_start|>user\nr" in prompt
+        site.answer("<think>cut")
+        cut = await site.client.responses.create(model=MODEL, input="q", max_output_tokens=7)
+        assert (cut.output_text, cut.status) == ("", "incomplete")
 
 
 @pytest.mark.parametrize(
