@@ -24,6 +24,9 @@ from services.frontend.tools import tool_use
 from tandem.adapters.clock import unix_milliseconds
 from tandem.errors import InvalidRequest, TandemError
 
+#: They travel in one message, about 20 bytes each, and a message of the bus has its limit.
+MAX_PROMPT_LOGPROBS = 200_000
+
 
 class AnswerForm(Protocol):
     """How a generation is said over HTTP: ``head events* (tail | failed)``, or ``whole``."""
@@ -95,6 +98,12 @@ class OpenAIRoutes:
         if wanted.best_of not in (None, n):
             raise InvalidRequest("best_of: only the same as n", param="best_of")
         prompts = await self._prompts(model, wanted)
+        prompt_logprobs = wanted.logprobs if wanted.echo else None
+        if prompt_logprobs is not None and max(map(len, prompts)) * (prompt_logprobs + 1) > MAX_PROMPT_LOGPROBS:
+            raise InvalidRequest(
+                f"logprobs: with echo, prompt tokens times (logprobs + 1) may be {MAX_PROMPT_LOGPROBS} at most",
+                param="logprobs",
+            )
         request = self._intake.request(
             caller,
             model,
@@ -105,7 +114,7 @@ class OpenAIRoutes:
             n=n,
             streaming=bool(wanted.stream),
             logprobs=wanted.logprobs,
-            prompt_logprobs=wanted.logprobs if wanted.echo else None,
+            prompt_logprobs=prompt_logprobs,
             arrival_s=arrival_s,
         )
         texts = [_echoed(model, prompt) for prompt in wanted.prompts] if wanted.echo else []

@@ -183,6 +183,14 @@ async def test_echo_with_logprobs_covers_the_prompt(site: Site, stream: bool) ->
     assert submit.local_only and submit.sampling.prompt_logprobs == 1
 
 
+async def test_echo_with_more_logprobs_than_a_message_carries(site: Site) -> None:
+    site.frontend._intake.models[MODEL] = _with_context(site, 50_000)
+    with pytest.raises(openai.BadRequestError) as caught:
+        await site.client.completions.create(model=MODEL, prompt=[5] * 40_001, echo=True, logprobs=4)
+    assert caught.value.param == "logprobs"
+    assert not site.cluster.submits
+
+
 async def test_models(site: Site) -> None:
     listed = [model async for model in site.client.models.list()]
     assert [model.id for model in listed] == [MODEL]
