@@ -130,7 +130,7 @@ class Admission:
             request=request,
             cached=cached,
             request_class=request_class,
-            deadline=deadline_s(request, request_class),
+            deadline=deadline_s(request, request_class) if self._policy.deadline_order else request.arrival_s,
             tokens=fresh + int(self._policy.output_weight * output),
             prefill_s=self._fleet.idle_prefill_s(request, cached),
             order=self._order,

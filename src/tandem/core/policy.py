@@ -69,6 +69,7 @@ class Policy:
     hold_s: float = _knob(0.5, "how long a request waits for a better but busy worker while another one idles, seconds")
     scan_depth: int = _knob(8, "requests that one poll passes over at most")
     scan_per_tenant: int = _knob(3, "requests of one tenant and class that one poll passes over at most")
+    deadline_order: bool = _knob(True, "equal standing: the earlier deadline goes first, else the earlier arrival")
     # admission
     queue_limit_tokens: int = _knob(4_000_000, "tokens that may wait, counted over classes of equal or better rank")
     no_worker_grace_s: float = _knob(30.0, "how long queued requests wait for any worker to come, seconds")

@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, action="append", metavar="R", help="mean requests/s; again for several rates")
     add("--concurrency", type=int, default=0, metavar="N", help="closed loop: N requests at any time, rates ignored")
     add("--hardware", default="h100-70b-tp4", help=f"of each worker: {', '.join(HARDWARE)}")
-    add("--fleet", action="append", metavar="SPLIT", help="3P5D, or 8D for aggregated; again for several (4P4D)")
+    add(
+        "--fleet",
+        action="append",
+        metavar="SPLIT",
+        help="3P5D, or 8D for aggregated; 2P2D@KIND+4D@KIND for mixed; again for several",
+    )
     add("--policy", action="append", metavar="NAME", help=f"again for several: {', '.join(POLICIES)}")
     add("--slo", default="medium", help=f"{', '.join(SLOS)} (default: medium)")
     add("--chunk", type=int, default=DECODE_CHUNK, help="tokens per step of a worker that decodes")

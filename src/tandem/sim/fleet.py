@@ -14,7 +14,7 @@ from tandem.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """One worker: model, GPUs and how it goes. KV room is what 90 % of the GPU memory leaves beside bf16 weights."""
+    """One worker: model, GPUs and how it goes. KV room is what 90 % of the GPU memory leaves beside the weights."""
 
     profile: Profile
     kv_tokens: int
@@ -35,7 +35,14 @@ HARDWARE: Mapping[str, Hardware] = MappingProxyType(
         # 80 layers x 8 KV heads x 128 x (K and V) x 2 bytes; 32 layers for the 8B model
         "h100-70b-tp4": _hardware("sim-h100-llama-70b-tp4", 4, 80.0, 141.0, 327_680),
         "h100-70b-tp8": _hardware("sim-h100-llama-70b-tp8", 8, 80.0, 141.0, 327_680),
+        "h100-70b-fp8-tp4": _hardware("sim-h100-llama-70b-fp8-tp4", 4, 80.0, 70.6, 327_680),
         "h100-8b": _hardware("sim-h100-llama-8b-tp1", 1, 80.0, 16.0, 131_072),
+        "a100-70b-tp4": _hardware("sim-a100-llama-70b-tp4", 4, 80.0, 141.0, 327_680),
+        "a100-70b-tp8": _hardware("sim-a100-llama-70b-tp8", 8, 80.0, 141.0, 327_680),
+        "a100-8b": _hardware("sim-a100-llama-8b-tp1", 1, 80.0, 16.0, 131_072),
+        # 36 layers x 8 KV heads x 64 x (K and V) x 2 bytes, the windowed half not saved
+        "h100-gpt-oss-120b-tp4": _hardware("sim-h100-gpt-oss-120b-tp4", 4, 80.0, 65.2, 73_728),
+        "a100-gpt-oss-120b-tp4": _hardware("sim-a100-gpt-oss-120b-tp4", 4, 80.0, 65.2, 73_728),
     }
 )
 
@@ -75,26 +82,39 @@ class Fleet:
 #: Chunks that suit most: a prefill worker has no decodes to protect.
 PREFILL_CHUNK, DECODE_CHUNK = 8192, 1024
 
-_SPLIT = re.compile(r"(?:(\d+)P)?(\d+)D", re.IGNORECASE)
+_SPLIT = re.compile(r"(?:(\d+)P)?(\d+)D(?:@(.+))?", re.IGNORECASE)
 
 
 def make_fleet(
     hardware: str, split: str, *, chunk_tokens: int = DECODE_CHUNK, misfit: float = 1.0, kv_tokens: int = 0
 ) -> Fleet:
-    """``split``: "3P5D", or "8D" for workers that all prefill and decode. ConfigError names what is wrong.
+    """``split``: "3P5D", or "8D" for workers that all prefill and decode; a mixed fleet is a sum of such, each with its
+    own hardware: "4P0D@h100-70b-tp4+4D@a100-70b-tp4". ``hardware`` is that of a part that names none.
 
-    ``kv_tokens``: KV room of each worker instead of what its memory leaves.
+    ``kv_tokens``: KV room of each worker instead of what its memory leaves. ConfigError names what is wrong.
     """
-    match = _SPLIT.fullmatch(split)
-    if match is None:
-        raise ConfigError(f"a fleet is written like 3P5D or 8D, not {split!r}", param="fleet")
-    if hardware not in HARDWARE:
-        raise ConfigError(f"no hardware {hardware!r}; there is {', '.join(HARDWARE)}", param="hardware")
-    kind = HARDWARE[hardware]
-    if kv_tokens:
-        kind = replace(kind, kv_tokens=kv_tokens)
-    workers = [WorkerSetup(f"p{i}", kind, Role.PREFILL, PREFILL_CHUNK, misfit) for i in range(int(match[1] or 0))]
-    workers += [WorkerSetup(f"d{i}", kind, Role.DECODE, chunk_tokens, misfit) for i in range(int(match[2]))]
-    if not int(match[2]):
+    prefill: list[WorkerSetup] = []
+    decode: list[WorkerSetup] = []
+    for part in split.split("+"):
+        match = _SPLIT.fullmatch(part)
+        if match is None:
+            raise ConfigError(f"a fleet is written like 3P5D, 8D or 4P0D@KIND+4D@KIND, not {split!r}", param="fleet")
+        kind = _hardware_named(match[3] or hardware)
+        if kv_tokens:
+            kind = replace(kind, kv_tokens=kv_tokens)
+        for _ in range(int(match[1] or 0)):
+            prefill.append(WorkerSetup(f"p{len(prefill)}", kind, Role.PREFILL, PREFILL_CHUNK, misfit))
+        for _ in range(int(match[2])):
+            decode.append(WorkerSetup(f"d{len(decode)}", kind, Role.DECODE, chunk_tokens, misfit))
+    if not decode:
         raise ConfigError("a fleet needs a worker that decodes", param="fleet")
-    return Fleet(tuple(workers))
+    fleet = Fleet((*prefill, *decode))
+    if len({worker.hardware.kv_bytes_per_token for worker in fleet.workers}) > 1:
+        raise ConfigError(f"the workers of {split!r} do not all serve one model", param="fleet")
+    return fleet
+
+
+def _hardware_named(name: str) -> Hardware:
+    if name not in HARDWARE:
+        raise ConfigError(f"no hardware {name!r}; there is {', '.join(HARDWARE)}", param="hardware")
+    return HARDWARE[name]

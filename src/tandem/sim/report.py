@@ -64,7 +64,7 @@ def figures(setup: Setup, outcome: Outcome) -> Figures:
 
 
 def describe(setup: Setup, outcome: Outcome) -> Figures:
-    profile = outcome.fleet.workers[0].hardware.profile
+    kinds = dict.fromkeys(worker.hardware for worker in outcome.fleet.workers)
     return {
         "workload": setup.workload.name,
         "rate_per_s": len(outcome.jobs) / max(outcome.end_s, 1e-9) if setup.concurrency else setup.workload.rate,
@@ -85,8 +85,15 @@ def describe(setup: Setup, outcome: Outcome) -> Figures:
         "index_age_s": setup.timing.index_age_s,
         "misfit": setup.misfit,
         "chunk_tokens": setup.chunk_tokens,
-        "kv_tokens": outcome.fleet.workers[0].hardware.kv_tokens,
-        "profile": {"name": profile.name, "source": profile.source, "relative_error": profile.relative_error},
+        "profiles": [
+            {
+                "name": kind.profile.name,
+                "source": kind.profile.source,
+                "relative_error": kind.profile.relative_error,
+                "kv_tokens": kind.kv_tokens,
+            }
+            for kind in kinds
+        ],
         "simulated": True,
     }
 

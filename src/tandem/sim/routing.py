@@ -109,8 +109,10 @@ class CoreRouter:
         max_osl_tokens: int,
         policy: Policy | None = None,
         seed: int = 0,
+        *,
+        best_effort: bool = False,
     ) -> None:
-        request_class = RequestClass(timeout_s=600.0)
+        request_class = RequestClass(timeout_s=600.0, best_effort=best_effort)
         if slo is not None:
             request_class = replace(
                 request_class, ttft_slo_s=slo.ttft_s, ttft_slo_per_token_s=slo.ttft_per_token_s, tpot_slo_s=slo.tpot_s

@@ -27,6 +27,24 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "least-loaded": "fewest requests in flight",
         "dynamo": "Dynamo's published cost function with overlap credit",
         "dynamo-conditional": "the same, short uncached prompts computed on the decode worker",
+        "tandem-less-tpot-guard": "no steep rise near the TPOT target",
+        "tandem-less-queue": "no central queue: every request is placed at once",
+        "tandem-less-deadlines": "the queue in order of arrival",
+        "tandem-less-refusal": "late requests run behind the rest instead of being refused",
+        "tandem-less-local": "prefill workers compute every prompt",
+        "tandem-less-remote": "no prefill worker computes anything",
+    }
+)
+
+#: Our policy less one ingredient -> the knobs that take it out.
+ABLATIONS: Mapping[str, Mapping[str, float | int | bool]] = MappingProxyType(
+    {
+        "tandem-less-tpot-guard": {"tpot_guard": 1e9},
+        "tandem-less-queue": {"credit_s": 1e9},
+        "tandem-less-deadlines": {"deadline_order": False},
+        "tandem-less-refusal": {},  # of the request class, not a knob
+        "tandem-less-local": {"local_prefill": False},
+        "tandem-less-remote": {"remote_prefill": False},
     }
 )
 
@@ -62,10 +80,11 @@ class Setup:
             case "dynamo" | "dynamo-conditional":
                 conditional = self.policy == "dynamo-conditional"
                 return DynamoCost(workers, lookup, self.workload.block_size, conditional=conditional)
-            case "tandem" | "tandem-no-slo":
-                slo = self.slo if self.policy == "tandem" else None
-                osl = self.workload.max_osl_tokens
-                return CoreRouter(workers, lookup, slo, osl, policy_from(self.knobs), self.seed)
+            case name if name in ("tandem", "tandem-no-slo", *ABLATIONS):
+                slo = None if name == "tandem-no-slo" else self.slo
+                policy = policy_from({**ABLATIONS.get(name, {}), **self.knobs})
+                osl, best_effort = self.workload.max_osl_tokens, name == "tandem-less-refusal"
+                return CoreRouter(workers, lookup, slo, osl, policy, self.seed, best_effort=best_effort)
         raise ConfigError(f"no policy {self.policy!r}; there are {', '.join(POLICIES)}", param="policy")
 
 

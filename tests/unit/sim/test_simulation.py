@@ -13,6 +13,7 @@ from tandem.core.profiles import PROFILES
 from tandem.enginemodel.profile import context_sum, step_s
 from tandem.errors import ConfigError
 from tandem.sim import cli, tables
+from tandem.sim.fleet import make_fleet
 from tandem.sim.metrics import SLOS, GapHistogram, Job, attainment
 from tandem.sim.report import figures, to_html, to_json
 from tandem.sim.simulation import Timing
@@ -198,3 +199,45 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_mistakes_are_a_config_error(argv: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError):
         cli.run(arguments("--requests", "5", "--quiet", *argv))
+
+
+@pytest.mark.parametrize("name", sorted(PROFILES))
+def test_every_profile_says_where_it_comes_from_and_how_good_it_is(name: str) -> None:
+    profile = PROFILES[name]
+    assert profile.source
+    assert profile.relative_error < 0.15 if name in tables.TABLES else "unknown" in profile.source
+
+
+def test_a_mixed_fleet_has_each_part_s_own_hardware() -> None:
+    mixed = make_fleet(KIND, "1P1D+1P2D@a100-70b-tp4")
+    assert [(worker.id, worker.timing.name) for worker in mixed.workers] == [
+        ("p0", "sim-h100-llama-70b-tp4"), ("p1", "sim-a100-llama-70b-tp4"),
+        ("d0", "sim-h100-llama-70b-tp4"), ("d1", "sim-a100-llama-70b-tp4"), ("d2", "sim-a100-llama-70b-tp4"),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="one model"):
+        make_fleet(KIND, "1D+1D@h100-8b")
+
+
+def test_ablations_take_their_ingredient_out() -> None:
+    workload = generate("smooth-chat", 0, 150).at_rate(8.0)
+    remote = {
+        policy: sum(job.handoff_s is not None for job in simulate(setup(workload, policy)).jobs)
+        for policy in ("tandem-less-local", "tandem-less-remote")
+    }
+    assert remote == {"tandem-less-local": 150, "tandem-less-remote": 0}
+    squeezed = workload.at_rate(80.0)
+    at_once = simulate(setup(squeezed, "tandem-less-queue", "1D")).jobs
+    assert all(job.refused or job.placed_s == job.offered.arrival_s for job in at_once)
+    assert not any(job.refused for job in simulate(setup(squeezed, "tandem-less-refusal", "1D")).jobs)
+    ours = simulate(setup(squeezed, split="1D")).jobs
+    assert any(job.refused for job in ours)
+    assert any(job.placed_s is not None and job.placed_s > job.offered.arrival_s for job in ours)
+
+
+def test_without_deadlines_the_queue_goes_by_arrival() -> None:
+    requests = tuple(Offered(0.001 * i, 8000 - 60 * i, 2) for i in range(60))
+    jobs = simulate(setup(Workload("shrinking", 64, requests), "tandem-less-deadlines", "1D")).jobs
+    placed = [job.placed_s for job in jobs if job.placed_s is not None]
+    assert placed == sorted(placed)
+    ours = [job.placed_s for job in simulate(setup(Workload("shrinking", 64, requests), "tandem", "1D")).jobs]
+    assert [at for at in ours if at is not None] != sorted(at for at in ours if at is not None)
