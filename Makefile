@@ -53,6 +53,9 @@ proto: setup-dev  ## generate src/tandem/v1 from proto/
 docs: setup-dev  ## generate the reference pages in docs/
 	@$(PY) docs/generate.py
 
+bench-sim: setup-dev  ## simulated goodput of ours against static fleets; QUICK=1, TRACES="FILE ..."
+	@$(PY) bench/bench_sim.py $(if $(QUICK),--quick) $(addprefix --trace ,$(TRACES)) $(ARGS)
+
 format: setup-dev  ## format the code
 	@$(PY) -m ruff check --fix --quiet .
 	@$(PY) -m ruff format --quiet .

@@ -241,3 +241,9 @@ def test_without_deadlines_the_queue_goes_by_arrival() -> None:
     assert placed == sorted(placed)
     ours = [job.placed_s for job in simulate(setup(Workload("shrinking", 64, requests), "tandem", "1D")).jobs]
     assert [at for at in ours if at is not None] != sorted(at for at in ours if at is not None)
+
+
+@pytest.mark.parametrize("start", [0.5, 7.0, 60.0])
+def test_the_search_finds_the_edge_to_its_precision(start: float) -> None:
+    found = tw_goodput(setup(one(10, 2)), start, tried=lambda _, rate: rate <= 7.3)
+    assert 7.3 / 1.03 <= found <= 7.3
