@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 import grpc
 
 from services.router.config import RouterSettings
+from services.router.fences import Fences
 from services.router.fleet import Fleet, FleetListener, Loss
 from services.router.leadership import Leadership
 from tandem.adapters.bus import Bus, Message
@@ -89,6 +90,7 @@ class ModelRouter:
         self._submitted: dict[RequestKey, _Submitted] = {}
         #: Of these, those about which the index is being asked: the scheduler does not know them yet.
         self._looking: set[RequestKey] = set()
+        self._fences = Fences()
         self._tasks: asyncio.TaskGroup | None = None
         self._wakeup: asyncio.TimerHandle | None = None
         self._index_away = False
@@ -152,11 +154,11 @@ class ModelRouter:
         if not self.leadership.epoch:
             return self._reject(submit.frontend, submit.rid, NoLeader(f"{self._router} does not lead {self.model}"))
         key = codec.key_from_wire(submit.key)
-        if key in self._submitted:
-            return None  # delivered twice: the first answer stands
+        if key in self._submitted or self._fences.holds(key):
+            return None  # delivered twice: the first answer stands; or nobody waits for one
+        request = codec.request_from_wire(submit, now=self._now())
         self._submitted[key] = _Submitted(message.data, submit.frontend, submit.rid)
         self._looking.add(key)
-        request = codec.request_from_wire(submit, now=self._now())
         assert self._tasks is not None
         self._tasks.create_task(self._take(request, submit.block_hashes))
         return None
@@ -192,7 +194,9 @@ class ModelRouter:
     def _on_abort(self, message: Message) -> None:
         abort = bus_pb2.Abort.FromString(message.data)
         choice = abort.choice if abort.HasField("choice") else None
-        ended = self.scheduler.abort(abort.id, abort.max_attempt, self._now(), choice=choice)
+        now = self._now()
+        self._fences.add(abort.id, abort.max_attempt, choice, now)
+        ended = self.scheduler.abort(abort.id, abort.max_attempt, now, choice=choice)
         looking = [k for k in self._looking if k.id == abort.id and k.attempt <= abort.max_attempt]
         ended += [k for k in looking if choice in (None, k.choice)]
         self._looking.difference_update(ended)

@@ -202,6 +202,9 @@ class Execution:
         )
         if not self._table.admit(running):
             log.debug("dropped a repeated or cancelled request %s", running.engine_id)
+            if self._table.get(running.key) is None:
+                # The router that placed it may not have heard of its end yet, and keeps room for it.
+                self._event(running, bus_pb2.PHASE_ABORTED)
             return None
         self._outbox.placed(submit.frontend, submit.rid, leg)
         self._event(running, bus_pb2.PHASE_ACCEPTED)

@@ -54,6 +54,14 @@ async def test_a_repeated_assignment_runs_once(site: Site) -> None:
     await site.nothing_left(d)
 
 
+async def test_a_cancelled_assignment_that_comes_late_is_told_as_aborted(site: Site) -> None:
+    d = await site.worker("d")
+    d.execution.abort("r1", 0)
+    site.assign("d", 1, PROMPT, 5)
+    await site.told_last("aborted", "r1")
+    await site.nothing_left(d)
+
+
 async def test_a_repeated_handoff_runs_once(site: Site) -> None:
     p, d = await site.worker("p", Role.PREFILL), await site.worker("d", step_s=0.02)
     site.assign("p", 1, PROMPT, 8, decode=d)

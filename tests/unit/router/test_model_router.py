@@ -197,6 +197,17 @@ async def test_an_abort_while_the_index_is_asked(world: World) -> None:
     assert [bus_pb2.Submit.FromString(a.submit).rid for a in world.work["w"]] == [2]
 
 
+async def test_an_abort_that_overtakes_its_request(world: World) -> None:
+    await world.worker("w")
+    world.abort(RequestKey("q1", 0))
+    await world.until(lambda: len(world.router._fences), "heard")
+    world.submit(1)
+    world.submit(2)
+    await world.until(lambda: world.work["w"], "an assignment")
+    assert [bus_pb2.Submit.FromString(a.submit).rid for a in world.work["w"]] == [2]
+    assert world.router.kept == 1, "nothing is kept of a request that nobody waits for"
+
+
 async def test_an_abort_in_the_queue_and_after_placement(world: World) -> None:
     await world.worker("draining", draining=True)
     queued = world.submit(1)
