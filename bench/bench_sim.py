@@ -1,6 +1,6 @@
 """TW goodput of our policy against the best static alternative, per workload and SLO. Everything is simulated.
 
-    python bench/bench_sim.py --quick [--trace FILE ...]     one seed, 1,000 requests
+    python bench/bench_sim.py --quick [--trace FILE ...]     one seed, 2,000 requests
     python bench/bench_sim.py [--trace FILE ...]             the best two and ours with five seeds, all requests
 
 Static alternatives: every split of the fleet under Dynamo's cost, with and without its conditional thresholds, and the
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "build" / "bench-sim"
 SLOS = ("medium", "tight")
 SYNTHETIC = ("multi-turn", "smooth-chat")
-QUICK_REQUESTS, SCREEN_REQUESTS, SEEDS = 1000, 2000, 5
+SCREEN_REQUESTS, SEEDS = 2000, 5
 WORKERS = 8
 #: A challenger must hold this much above the best so far: what ``tw_goodput`` can tell apart.
 STEP = 1.03
@@ -113,7 +113,7 @@ def goodput(setup: Setup, name: str, start: float, args: argparse.Namespace, cac
 
 def compare(name: str, slo: str, args: argparse.Namespace, cache: Cache) -> float:
     """Prints one row; returns ours over the best static."""
-    workload = load(name, 0, QUICK_REQUESTS if args.quick else SCREEN_REQUESTS, args.block_size)
+    workload = load(name, 0, args.requests, args.block_size)
     ours = Setup(workload=workload, hardware=args.hardware, split=args.split, policy="tandem", slo=slo_named(slo))
     leaders = screened(ours, args.start, cache)
     if not leaders:
@@ -140,6 +140,7 @@ def main() -> int:
     add = parser.add_argument
     add("--quick", action="store_true")
     add("--trace", action="append", default=[], metavar="FILE", help="Mooncake JSONL or Azure CSV; again for several")
+    add("--requests", type=int, default=SCREEN_REQUESTS, metavar="N", help="that the race (and --quick) runs on")
     add("--block-size", type=int, default=512, help="tokens per hash id of a Mooncake trace")
     add("--slo", action="append", metavar="NAME", help="again for several (medium and tight)")
     add("--hardware", default="h100-70b-tp4")
@@ -147,7 +148,7 @@ def main() -> int:
     add("--start", type=float, default=8.0, metavar="R", help="requests/s at which the first search begins")
     args = parser.parse_args()
     cache = Cache()
-    kind = f"one seed, {QUICK_REQUESTS} requests" if args.quick else f"median of {SEEDS} seeds, all requests"
+    kind = f"one seed, {args.requests} requests" if args.quick else f"median of {SEEDS} seeds, all requests"
     print(f"TW goodput in requests/s, {WORKERS} workers of {args.hardware} (simulated), {kind}")
     print(f"{'workload':<24} {'SLO':<7} {'ours':>8} {'best static':>12}   {'ratio':>6}   which")
     ratios = [compare(name, slo, args, cache) for name in (*args.trace, *SYNTHETIC) for slo in args.slo or SLOS]
