@@ -29,13 +29,15 @@ from tandem.adapters.bus import Bus
 from tandem.adapters.deployment import Deployment
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, Refused
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
+#: After the drain's time: for clients to read why their answers end.
+LAST_WORDS_S = 2
 
 
 class _Server(uvicorn.Server):
@@ -53,6 +55,7 @@ class Frontend:
         self._settings = settings
         self._deployment = wanted
         self._draining = False
+        self._last_call: asyncio.TimerHandle | None = None
         self._stopped = asyncio.Event()
         name = settings.instance or clock.new_name("frontend")
         # A restarted frontend hears nothing that is meant for its former self.
@@ -80,7 +83,7 @@ class Frontend:
                 app,
                 log_config=None,
                 backlog=BACKLOG,
-                timeout_graceful_shutdown=int(settings.drain_timeout_s),
+                timeout_graceful_shutdown=int(settings.drain_timeout_s) + LAST_WORDS_S,
                 **connections.options(),
             )
         )
@@ -134,10 +137,17 @@ class Frontend:
         self._draining = True
         log.info("leaving: %d requests open", len(self.generations))
         self._http.should_exit = True
-        await self._grpc.stop(self._settings.drain_timeout_s)
+        self._last_call = asyncio.get_running_loop().call_later(
+            self._settings.drain_timeout_s,
+            self.cluster.give_up,
+            Refused("this server is leaving, and its time for open answers is over"),
+        )
+        await self._grpc.stop(self._settings.drain_timeout_s + LAST_WORDS_S)
         self._stopped.set()
 
     async def close(self) -> None:
+        if self._last_call is not None:
+            self._last_call.cancel()
         await self.cluster.close()
         self._intake.close()
 

@@ -109,6 +109,12 @@ class Cluster:
         journey.cancel()
         self._perform()
 
+    def give_up(self, error: TandemError) -> None:
+        """Everything under way ends with ``error``, which its clients get to read."""
+        for journey in self._table:
+            journey.give_up(error)
+        self._perform()
+
     # -- what the bus brings ---------------------------------------------------------------------------------------
 
     def _on_frame(self, message: Message) -> None:

@@ -151,6 +151,14 @@ class Journey:
         outcome = Outcome(FinishReason.ABORT, len(self.tokens), error=errors.Cancelled("cancelled by the client"))
         self._emit(Ended(self, outcome))
 
+    def give_up(self, error: errors.TandemError) -> None:
+        """The frontend leaves and waits no longer: what is not over ends with ``error``."""
+        if self.state is State.STOPPING:
+            self._end_stopped(None)
+        elif self.state is not State.ENDED:
+            self._abandon()
+            self._fail(error)
+
     def stop(self, now: float) -> None:
         """The consumer has what it wants: end as STOP, soon."""
         if self.state in (State.ENDED, State.STOPPING):

@@ -478,3 +478,14 @@ async def test_leaving_lets_open_streams_end(site: Site) -> None:
     await site.until(lambda: not site.frontend.readiness()["ready"])
     assert await streamed(stream) == (text, ["stop"])
     await stopping
+
+
+async def test_a_stream_that_outlasts_the_drain_is_told_so(start_site: StartSite) -> None:
+    async with start_site(drain_timeout_s=0.3) as site:
+        site.answer("on and on " * 40)
+        site.cluster.step_s = 0.1
+        stream = await site.client.chat.completions.create(model=MODEL, messages=HELLO, stream=True)
+        stopping = asyncio.create_task(site.frontend.stop())
+        with pytest.raises(openai.APIError, match="is leaving"):
+            await streamed(stream)
+        await stopping
