@@ -187,6 +187,8 @@ def parse(text: str, *, source: str = "deployment file") -> Deployment:
         lines = [
             f"  {'.'.join(str(p) for p in item['loc']) or '(top)'}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors(include_url=False)
+            # Of a list whose items are wrong, it also says that nothing is left of it.
+            if not (item["type"] == "too_short" and item["input"])
         ]
         raise ConfigError(f"{source}:\n" + "\n".join(lines)) from None
 

@@ -120,3 +120,11 @@ def test_paths_are_written_out() -> None:
     placed = with_paths(base, {"org/Big.Model": Path("/m/b"), "small": Path("/m/s")}, Path("/files"))
     assert [m.path for m in placed.models] == ["/m/b", "/m/s"]
     assert [m.chat_template for m in placed.models] == ["", "/files/t.jinja"]
+
+
+def test_a_wrong_pool_is_one_complaint() -> None:
+    with pytest.raises(ConfigError) as caught:
+        deployment_file.parse("models: [{name: m, path: p, pools: [{role: prefil}]}]")
+    assert caught.value.message.count("\n") == 1 and "models.0.pools.0.role" in caught.value.message
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        deployment_file.parse("models: []")
