@@ -29,7 +29,9 @@ def _describe(model: Model) -> str:
 def banner(deployment: Deployment, state: ClusterState, took_s: float) -> str:
     model, http, grpc = deployment.models[0].name, state.http[0], state.grpc[0]
     chat = {"model": model, "messages": [{"role": "user", "content": _QUESTION}]}
-    streamed = json.dumps({**chat, "stream": True})
+    # A model as small as the built-in one is at its best without chance.
+    streamed = json.dumps({**chat, "temperature": 0, "stream": True})
+    greedy = json.dumps({**chat, "options": {"temperature": 0}})
     python = os.path.relpath(sys.executable) if _is_local(sys.executable) else sys.executable
     lines = [
         "",
@@ -39,7 +41,7 @@ def banner(deployment: Deployment, state: ClusterState, took_s: float) -> str:
         f"  gRPC   {'  '.join(state.grpc)}",
         "",
         f"  curl -N {http}/v1/chat/completions -H 'content-type: application/json' -d '{streamed}'",
-        f"  grpcurl -plaintext -d '{json.dumps(chat)}' {grpc} tandem.v1.InferenceService/Chat",
+        f"  grpcurl -plaintext -d '{greedy}' {grpc} tandem.v1.InferenceService/Chat",
     ]
     if _EXAMPLE.is_file():
         lines.append(f"  {python} {_EXAMPLE} '{_QUESTION}' --address {grpc}")
