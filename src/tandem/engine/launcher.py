@@ -220,15 +220,23 @@ def main() -> NoReturn:
     try:
         _import_all(PRELOAD[preload])
     except ImportError as e:
-        channel.send(json.dumps({"failed": str(e)}).encode())
+        _tell(channel, {"failed": str(e)})
         sys.exit(1)
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         print(f"launcher: {threads} threads run after the imports; forks may not be safe", file=sys.stderr, flush=True)
     gc.collect()
     gc.freeze()  # the collector would otherwise write to, and so copy, every page that the children share
-    channel.send(json.dumps({"ready": os.getpid(), "import_s": round(time.monotonic() - began, 3)}).encode())
+    _tell(channel, {"ready": os.getpid(), "import_s": round(time.monotonic() - began, 3)})
     _serve(channel)
+
+
+def _tell(channel: socket.socket, message: dict[str, object]) -> None:
+    """To the supervisor. One that is gone ends this process, and that the workers."""
+    try:
+        channel.send(json.dumps(message).encode())
+    except ConnectionError:
+        os._exit(0)
 
 
 def _import_all(names: tuple[str, ...]) -> None:
@@ -252,7 +260,7 @@ def _serve(channel: socket.socket) -> NoReturn:
                 selector.unregister(key.fd)
                 os.close(key.fd)
                 _, status = os.waitpid(pid, 0)
-                channel.send(json.dumps({"exited": child, "code": os.waitstatus_to_exitcode(status)}).encode())
+                _tell(channel, {"exited": child, "code": os.waitstatus_to_exitcode(status)})
                 continue
             packet, fds, _, _ = socket.recv_fds(channel, _PACKET, 2)
             if not packet:  # the supervisor closed it
@@ -272,7 +280,7 @@ def _serve(channel: socket.socket) -> NoReturn:
             pidfd = os.pidfd_open(pid)
             children[pidfd] = (message["spawn"], pid)
             selector.register(pidfd, selectors.EVENT_READ)
-            channel.send(json.dumps({"spawned": message["spawn"], "pid": pid}).encode())
+            _tell(channel, {"spawned": message["spawn"], "pid": pid})
 
 
 def _run_child(module: str, env: dict[str, str], fds: list[int], launcher_pid: int) -> NoReturn:
