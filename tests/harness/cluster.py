@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,24 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
     raise AssertionError(f"{what}: not within {timeout_s:.0f} s")
 
 
+def free_ports(count: int) -> int:
+    """The first of so many in a row."""
+    found = [free_port()]
+    while len(found) < count:
+        port = free_port()
+        found = [*found, port] if port == found[-1] + 1 else [port]
+    return found[0]
+
+
 class Cluster:
-    def __init__(self, deployment: dict[str, Any], folder: Path, *arguments: str) -> None:
+    def __init__(
+        self, deployment: dict[str, Any], folder: Path, *arguments: str, env: Mapping[str, str] | None = None
+    ) -> None:
+        """``env``: settings of `tandem up`, such as a server of one's own."""
         self.folder = folder
-        self.http_port, self.grpc_port = free_port(), free_port()
+        self._env = dict(env or {})
+        frontends = int(deployment.get("frontends", 1))
+        self.http_port, self.grpc_port = free_ports(frontends), free_ports(frontends)
         self.deployment_file = folder / "deployment.yaml"
         self.write(deployment)
         self._arguments = arguments
@@ -51,6 +65,7 @@ class Cluster:
 
     def start(self, timeout_s: float) -> Cluster:
         env = {k: v for k, v in os.environ.items() if not k.startswith("TANDEM_")}
+        env.update(self._env)
         env["XDG_RUNTIME_DIR"] = env["XDG_STATE_HOME"] = str(self.folder)
         command = [sys.executable, "-m", "tandem.cli.main", "up", "-f", str(self.deployment_file), *self._arguments]
         with self._log.open("wb") as log:
