@@ -265,8 +265,8 @@ def page(samples: Sequence[Sample], counts: Counts, command: str) -> str:
             f"Written by `{command}` on the *simulated* engine: two routers, one prefill worker, two decode workers, "
             f"one frontend, NATS and Redis; {platform.machine()}, {psutil.cpu_count()} cores, commit `{_commit()}`.",
             "",
-            f"{samples[-2].minute:.0f} minutes of steady load, half gRPC, half HTTP (streamed or not), prompts of 20 to "
-            "1,500 tokens, 10 to 160 tokens of output, every fifth client told to leave at a random moment: "
+            f"{samples[-2].minute:.0f} minutes of steady load, half gRPC, half HTTP (streamed or not), prompts of 20 "
+            "to 1,500 tokens, 10 to 160 tokens of output, every fifth client told to leave at a random moment: "
             f"{counts.started} requests, of which {counts.complete} completed with every token as expected, "
             f"{counts.cancelled} were cancelled, {sum(counts.failed.values())} failed{_codes(counts)}, "
             f"{len(counts.wrong)} had a wrong token. "
