@@ -54,6 +54,7 @@ PARTS: list[tuple[type[BaseModel], str]] = [
     (deployment.Class, "`classes:`"),
     (deployment.Tenant, "`tenants:`"),
     (deployment.Limits, "`limits:`"),
+    (deployment.Record, "`record:`"),
     (deployment.Liveness, "`liveness:`"),
     (deployment.Endpoint, "`http:` and `grpc:`"),
 ]

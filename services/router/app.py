@@ -7,16 +7,21 @@ import contextlib
 import logging
 import random
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 from services.router.config import RouterSettings
 from services.router.model_router import ModelRouter, Ports
+from services.router.recording import RecordingScheduler, recording_for
 from services.router.service import RouterControl
 from tandem.adapters import clock
-from tandem.adapters.deployment import Deployment, read
+from tandem.adapters.addresses import own_address
+from tandem.adapters.deployment import Deployment, Model, read
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
 from tandem.adapters.redis_store import RedisCounters, RedisLeases, RedisPrefixIndex, RedisRegistry, connect
 from tandem.core.policy import RequestClass, Tenant, policy_from
+from tandem.core.profiles import PROFILES
 from tandem.core.scheduler import Scheduler
 from tandem.errors import ConfigError
 from tandem.v1 import router_pb2, router_pb2_grpc
@@ -48,13 +53,13 @@ async def run(settings: RouterSettings) -> None:
                 cluster=cluster,
                 model=model.name,
                 liveness=deployment.liveness,
-                scheduler=_scheduler(deployment),
+                scheduler=stack.enter_context(_scheduler(settings, deployment, model, router)),
                 ports=ports,
                 now=clock.monotonic,
             )
             for model in deployment.models
         }
-        server = GrpcServer(settings.grpc_host, settings.grpc_port)
+        server = GrpcServer(own_address(settings.grpc_host), settings.grpc_port)
         control = RouterControl(routers, router, clock.monotonic)
         router_pb2_grpc.add_RouterServiceServicer_to_server(control, server.server)
         await server.start(router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name)
@@ -78,7 +83,7 @@ async def _until_terminated(routers: dict[str, ModelRouter], deployment_file: st
 
 
 def _reload(routers: dict[str, ModelRouter], deployment_file: str) -> None:
-    """A wrong file changes nothing."""
+    """Policy, classes and tenants. A wrong file changes nothing."""
     try:
         deployment = read(deployment_file)
         policy = policy_from(deployment.policy)
@@ -86,7 +91,7 @@ def _reload(routers: dict[str, ModelRouter], deployment_file: str) -> None:
         log.error("deployment file not reloaded: %s", error.message)
         return
     for router in routers.values():
-        router.scheduler.reconfigure(policy)
+        router.reconfigure(policy, _classes(deployment), _tenants(deployment))
     log.info("reloaded: %s", policy)
 
 
@@ -98,8 +103,28 @@ def _tenants(deployment: Deployment) -> dict[str, Tenant]:
     return {t.name: Tenant(name=t.name, weight=t.weight, request_class=t.request_class) for t in deployment.tenants}
 
 
-def _scheduler(deployment: Deployment) -> Scheduler:
+@contextlib.contextmanager
+def _scheduler(settings: RouterSettings, deployment: Deployment, model: Model, router: str) -> Iterator[Scheduler]:
     # Ties between equal plans only: any seed does.
-    rng = random.Random(clock.new_incarnation())
-    policy = policy_from(deployment.policy)
-    return Scheduler(policy, classes=_classes(deployment), tenants=_tenants(deployment), rng=rng)
+    seed = clock.new_incarnation()
+    policy, classes, tenants = policy_from(deployment.policy), _classes(deployment), _tenants(deployment)
+    folder = settings.record or deployment.record.folder
+    if not folder:
+        yield Scheduler(policy, classes=classes, tenants=tenants, rng=random.Random(seed), profiles=PROFILES)
+        return
+    recording = recording_for(
+        Path(folder).expanduser(), model.name, router, clock.unix_milliseconds(), deployment.record.max_mb << 20
+    )
+    log.info("%s: decisions are recorded in %s", model.name, recording.path)
+    with contextlib.closing(recording):
+        yield RecordingScheduler(
+            policy,
+            classes=classes,
+            tenants=tenants,
+            seed=seed,
+            profiles=PROFILES,
+            recording=recording,
+            model=model.name,
+            router=router,
+            now=clock.monotonic(),
+        )

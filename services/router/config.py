@@ -13,4 +13,5 @@ class RouterSettings(CommonSettings):
     announce_interval_s: float = option(0.25, doc="Time between a leader's announcements.")
     registry_interval_s: float = option(0.5, doc="Time between looks at the worker registry.")
     counters_interval_s: float = option(1.0, doc="Time between saves of the tenants' service counters.")
+    record: str = option("", doc="Folder to record every decision in; the deployment file's `record` when empty.")
     hop_timeout_s: float = option(2.0, doc="A prefill worker silent for this long gives its prefills to others.")

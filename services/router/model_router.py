@@ -24,6 +24,7 @@ from tandem.adapters.deployment import Liveness
 from tandem.adapters.grpc_server import open_channel
 from tandem.adapters.store import Counters, Leases, PrefixIndex, Registry
 from tandem.core.effects import Place, Recall, Refuse
+from tandem.core.policy import Policy, RequestClass, Tenant
 from tandem.core.scheduler import Scheduler
 from tandem.core.types import Explanation, Leg, Request, RequestKey, WorkerSpec
 from tandem.errors import (
@@ -138,6 +139,11 @@ class ModelRouter:
 
     async def explain(self, request: Request, hashes: bytes) -> Explanation:
         return self.scheduler.explain(request, await self._cached(hashes), self._now())
+
+    def reconfigure(self, policy: Policy, classes: Mapping[str, RequestClass], tenants: Mapping[str, Tenant]) -> None:
+        """For what is decided from now on."""
+        self.scheduler.reconfigure(policy, classes=classes, tenants=tenants, now=self._now())
+        self._poll()
 
     def policy_json(self) -> str:
         return json.dumps(asdict(self.scheduler.policy), sort_keys=True)

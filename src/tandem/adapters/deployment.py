@@ -7,17 +7,19 @@ docs/deployment-file.md is generated from these classes.
 from __future__ import annotations
 
 import os
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tandem.errors import ConfigError
 
 #: Names that become parts of process names and of paths.
 _NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 
 class _Part(BaseModel):
@@ -57,6 +59,9 @@ class Model(_Part):
         description="folder with weights, tokenizer and chat template (Hugging Face layout), "
         "or a model that `make setup` prepares: SmolLM2-135M-Instruct"
     )
+    task: Literal["generate", "embed"] = Field(
+        "generate", description="generate, or embed: its pools are aggregated and make vectors"
+    )
     max_model_len: Annotated[int, Field(ge=16)] = Field(4096, description="tokens of prompt plus output")
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(
         32, description="tokens of a KV block; a multiple of 32 on a CPU"
@@ -81,6 +86,8 @@ class Model(_Part):
             raise ValueError(f"model {self.name!r}: pool names must differ; give each pool a `name`")
         if all(pool.role is PoolRole.PREFILL for pool in self.pools):
             raise ValueError(f"model {self.name!r}: needs at least one decode or aggregated pool")
+        if self.task == "embed" and any(pool.role is not PoolRole.AGGREGATED for pool in self.pools):
+            raise ValueError(f"model {self.name!r}: an embedding has one phase only; make its pools aggregated")
         return self
 
     @property
@@ -107,7 +114,15 @@ class Tenant(_Part):
     weight: float = Field(1.0, gt=0, description="share of tokens among tenants that wait")
     request_class: str = Field("", description="class of its requests that name none; the first class when empty")
     allowed_classes: tuple[str, ...] = Field((), description="classes that it may name; all when empty")
-    api_key_sha256: tuple[str, ...] = Field((), description="SHA-256 of its API keys, hex")
+    api_key_sha256: tuple[str, ...] = Field((), description="SHA-256 of its API keys, 64 hex digits each")
+
+    @field_validator("api_key_sha256")
+    @classmethod
+    def _check_digests(cls, digests: tuple[str, ...]) -> tuple[str, ...]:
+        for digest in digests:
+            if not _SHA256.fullmatch(digest):
+                raise ValueError(f"{digest!r} is not the SHA-256 of a key: 64 hex digits (printf %s KEY | sha256sum)")
+        return digests
 
 
 class Limits(_Part):
@@ -129,6 +144,13 @@ class Liveness(_Part):
     dead_s: float = Field(6.0, gt=0, description="silent this long, and unreachable: declared dead")
 
 
+class Record(_Part):
+    """What routers record of their decisions, for `tandem sim --record`: lengths and identities, no prompts."""
+
+    folder: str = Field("", description="where; empty = nothing is recorded. One file per router, model and start")
+    max_mb: int = Field(256, ge=1, le=100_000, description="bound of one file; the recording ends there")
+
+
 class Deployment(_Part):
     version: Literal[1] = Field(1, description="of this schema")
     cluster: Annotated[str, Field(pattern=_NAME, min_length=1)] = Field(
@@ -143,7 +165,22 @@ class Deployment(_Part):
     tenants: tuple[Tenant, ...] = Field((), description="API keys; empty = no authentication, one tenant `default`")
     policy: dict[str, Any] = Field(default_factory=dict, description="scheduling knobs, see below")
     limits: Limits = Field(Limits(), description="what one request or client may ask for")
+    record: Record = Field(Record(), description="recordings of the routers' decisions")
     liveness: Liveness = Field(Liveness(), description="when a silent worker is suspected, and when it is dead")
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Deployment:
+        http, grpc = self.http, self.grpc
+        if (
+            http.port
+            and abs(http.port - grpc.port) < self.frontends
+            and (http.host == grpc.host or "0.0.0.0" in (http.host, grpc.host))
+        ):
+            port = max(http.port, grpc.port)
+            raise ValueError(
+                f"`http` and `grpc` both want port {port}: each of {self.frontends} frontends takes one of each"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_names(self) -> Deployment:

@@ -41,7 +41,7 @@ def check_feasible(request: Request, longest_tokens: int) -> None:
     """
     if not longest_tokens:
         raise NoWorkers(f"no worker of model {request.model!r} can decode at the moment", retry_after_s=1.0)
-    if request.isl_tokens >= longest_tokens:
+    if request.isl_tokens + min(1, request.max_osl_tokens) > longest_tokens:
         raise ContextLengthExceeded(
             f"the prompt has {request.isl_tokens} tokens, and the largest worker of model {request.model!r} holds "
             f"{longest_tokens} tokens of prompt and output",
@@ -81,6 +81,9 @@ class RefusalCap:
         self._offered: dict[int, float] = {}
         self._refused: dict[int, float] = {}
 
+    def reconfigure(self, cap: float) -> None:
+        self._cap = cap
+
     def offer(self, isl_tokens: int) -> None:
         length = isl_tokens.bit_length()
         self._offered[length] = self._offered.get(length, 0.0) * self._MEMORY + 1.0
@@ -119,6 +122,24 @@ class Admission:
         self.backlog = Backlog(classes.values())
         self._cap = RefusalCap(policy.refusal_cap)
         self._order = 0
+
+    def reconfigure(
+        self,
+        policy: Policy,
+        classes: Mapping[str, RequestClass],
+        tenants: Mapping[str, Tenant],
+        waiting: Iterable[Entry],
+    ) -> None:
+        """``waiting``: all entries that wait, their classes exchanged already."""
+        self._policy = policy
+        self._classes = classes
+        self._default_class = next(iter(classes))
+        self._tenants = tenants
+        self.lengths.reconfigure(policy)
+        self._cap.reconfigure(policy.refusal_cap)
+        self.backlog = Backlog(classes.values())
+        for entry in waiting:
+            self.backlog.add(entry)
 
     def entry(self, request: Request, cached: Mapping[str, int]) -> Entry:
         """InvalidRequest for an unknown class."""

@@ -10,11 +10,14 @@ class OutputLengths:
     """Mean output length of each class and its mean absolute deviation, with exponential memory."""
 
     def __init__(self, policy: Policy) -> None:
-        self._start = float(policy.default_osl_tokens)
-        self._weight = policy.osl_memory
+        self.reconfigure(policy)
         self._seen: dict[str, int] = {}
         self._mean: dict[str, float] = {}
         self._deviation: dict[str, float] = {}
+
+    def reconfigure(self, policy: Policy) -> None:
+        self._start = float(policy.default_osl_tokens)
+        self._weight = policy.osl_memory
 
     def learn(self, name: str, tokens: int) -> None:
         seen = self._seen.get(name, 0) + 1

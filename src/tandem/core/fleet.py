@@ -15,7 +15,7 @@ from tandem.core.accounting import WorkerView
 from tandem.core.perf_model import PerfModel
 from tandem.core.placement import suffix_context, unfit
 from tandem.core.policy import Policy
-from tandem.core.profiles import profile_named
+from tandem.core.profiles import Profile, profile_named
 from tandem.core.types import Request, RequestKey, Role, WorkerLoad, WorkerSpec
 
 #: Prompt length at which workers are compared for speed, tokens.
@@ -23,8 +23,9 @@ _REFERENCE_TOKENS = 1024
 
 
 class Fleet:
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, profiles: Mapping[str, Profile]) -> None:
         self._policy = policy
+        self._profiles = profiles
         self.views: dict[str, WorkerView] = {}
         self.ordered: list[WorkerView] = []
         self.decoders: list[WorkerView] = []  # usable ones
@@ -53,7 +54,7 @@ class Fleet:
             known.update(spec)
             self._changed()
             return None
-        perf = PerfModel(profile_named(spec.perf_profile))
+        perf = PerfModel(profile_named(spec.perf_profile, self._profiles))
         sibling = self._sibling(spec)
         if sibling is not None:
             perf.adopt(sibling.perf.state())

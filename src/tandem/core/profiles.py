@@ -122,6 +122,6 @@ _ALL = (
 PROFILES: Mapping[str, Profile] = MappingProxyType({profile.name: profile for profile in _ALL})
 
 
-def profile_named(name: str) -> Profile:
+def profile_named(name: str, known: Mapping[str, Profile] = PROFILES) -> Profile:
     """The profile of that name; ``generic`` for one that is not known here (a newer worker's): it will be learnt."""
-    return PROFILES.get(name, PROFILES["generic"])
+    return known.get(name) or PROFILES["generic"]

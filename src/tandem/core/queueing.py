@@ -68,6 +68,10 @@ class FairCounters:
         self._weights = {name: tenant.weight for name, tenant in tenants.items()}
         self._service: dict[str, float] = {}
 
+    def reconfigure(self, tenants: Mapping[str, Tenant]) -> None:
+        """New weights for what is charged from now on."""
+        self._weights = {name: tenant.weight for name, tenant in tenants.items()}
+
     def weight(self, tenant: str) -> float:
         return self._weights.get(tenant, 1.0)
 
@@ -156,21 +160,40 @@ class FairQueue:
     """See the module docstring."""
 
     def __init__(self, classes: Iterable[RequestClass], counters: FairCounters, share_window_s: float) -> None:
-        ranked = sorted(classes, key=lambda c: (c.background, c.rank, c.name))
-        lanes = [_Lane(c, late) for background in (False, True) for late in (False, True) for c in ranked
-                 if c.background is background]  # fmt: skip
-        self._lanes = {(lane.request_class.name, lane.late): lane for lane in lanes}
         self._counters = counters
         self._window = share_window_s
-        self._served = dict.fromkeys((c.name for c in ranked), 0.0)  # tokens, decayed over the window
+        self._served: dict[str, float] = {}  # tokens by class, decayed over the window
         self._served_at = 0.0
-        self._class_depth = {c.name: _Tally() for c in ranked}
-        self._ranks = {c.name: c.rank for c in ranked}
+        self._arrange(classes)
         self._tenant_depth: dict[str, _Tally] = {}
         self._parked: dict[RequestKey, Entry] = {}
         self._set_aside: list[Entry] = []
         self._last_floor = 0.0
         self._size = 0
+
+    def _arrange(self, classes: Iterable[RequestClass]) -> None:
+        """Empty lanes, in the order in which they are served."""
+        ranked = sorted(classes, key=lambda c: (c.background, c.rank, c.name))
+        lanes = [_Lane(c, late) for background in (False, True) for late in (False, True) for c in ranked
+                 if c.background is background]  # fmt: skip
+        self._lanes = {(lane.request_class.name, lane.late): lane for lane in lanes}
+        self._served = {c.name: self._served.get(c.name, 0.0) for c in ranked}
+        self._class_depth = {c.name: _Tally() for c in ranked}
+        self._ranks = {c.name: c.rank for c in ranked}
+
+    def reconfigure(
+        self, classes: Iterable[RequestClass], share_window_s: float, waiting: Iterable[Entry], now: float
+    ) -> None:
+        """``waiting``: all entries that wait, their classes exchanged already. Nobody's service is forgotten."""
+        self._decay(now)
+        self._window = share_window_s
+        self._arrange(classes)
+        for entry in waiting:
+            self._class_depth[entry.request_class.name].add(entry)
+            if not entry.parked:
+                lane = self._lane(entry)
+                lane.waiting += 1
+                lane.push(entry, self._counters.value(entry.request.tenant))
 
     def __len__(self) -> int:
         return self._size

@@ -35,6 +35,7 @@ from tandem.core.placement import (
     suffix_context,
 )
 from tandem.core.policy import Policy, RequestClass, Tenant
+from tandem.core.profiles import PROFILES, Profile
 from tandem.core.queueing import Entry, FairCounters, FairQueue
 from tandem.core.snapshot import Snapshot, worker_snapshot
 from tandem.core.types import Explanation, Plan, Request, RequestKey, WorkerLoad, WorkerSpec
@@ -44,6 +45,11 @@ __all__ = ["Effect", "Place", "Recall", "Refuse", "Scheduler", "Snapshot"]
 
 #: ``poll`` is never asked for again sooner than this, seconds.
 _MIN_WAKEUP_S = 0.002
+
+
+def _declared(classes: Mapping[str, RequestClass]) -> dict[str, RequestClass]:
+    """The first is the default."""
+    return dict(classes) or {"default": RequestClass()}
 
 
 class Scheduler:
@@ -56,14 +62,17 @@ class Scheduler:
         classes: Mapping[str, RequestClass],
         tenants: Mapping[str, Tenant],
         rng: random.Random,
+        profiles: Mapping[str, Profile] = PROFILES,
     ) -> None:
+        """``profiles``: what workers' names of timing profiles stand for."""
         self.policy = policy
-        known_classes = dict(classes) or {"default": RequestClass()}
+        self.classes: Mapping[str, RequestClass] = _declared(classes)
+        self.tenants = tenants
         self._rng = rng
-        self._fleet = Fleet(policy)
+        self._fleet = Fleet(policy, profiles)
         self._counters = FairCounters(tenants)
-        self._queue = FairQueue(known_classes.values(), self._counters, policy.share_window_s)
-        self._admission = Admission(policy, known_classes, tenants, self._fleet, self._queue, self._counters)
+        self._queue = FairQueue(self.classes.values(), self._counters, policy.share_window_s)
+        self._admission = Admission(policy, self.classes, tenants, self._fleet, self._queue, self._counters)
         self._ledger = Ledger()
         self._generation = 0  # of the fleet, when parked entries were last looked at
         self._no_decoders_since: float | None = None
@@ -72,10 +81,21 @@ class Scheduler:
         self._room_wanted = False  # the last scan passed over somebody who had no room on some worker
         self._retry_at: float | None = None  # time alone may make a scan fruitful then
 
-    def reconfigure(self, policy: Policy) -> None:
-        """New knobs for what is decided from now on. Classes, tenants and what has been learnt stay."""
+    def reconfigure(
+        self, policy: Policy, *, classes: Mapping[str, RequestClass], tenants: Mapping[str, Tenant], now: float
+    ) -> None:
+        """For what is decided from now on. Requests that wait keep their deadlines, and are of the first class if
+        theirs is gone. What has been learnt and the tenants' counters stay."""
         self.policy = policy
+        self.classes = known = _declared(classes)
+        self.tenants = tenants
+        waiting = [job.entry for job in self._ledger if job.state is State.QUEUED]
+        for entry in waiting:
+            entry.request_class = known.get(entry.request_class.name) or next(iter(known.values()))
         self._fleet.reconfigure(policy)
+        self._counters.reconfigure(tenants)
+        self._queue.reconfigure(known.values(), policy.share_window_s, waiting, now)
+        self._admission.reconfigure(policy, known, tenants, waiting)
         self._stirred = True
 
     # --- workers ----------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 from tandem.errors import ConfigError
-from tandem.sim import tables, traces
+from tandem.sim import replay, tables, traces
 from tandem.sim.fleet import DECODE_CHUNK, HARDWARE
 from tandem.sim.metrics import SLOS
 from tandem.sim.report import Figures, figures, to_html, to_json, to_text
@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print how far the timing profiles are from published tables, and leave",
     )
+    add(
+        "--record",
+        action="append",
+        metavar="FILE",
+        help="decide again what a live router recorded, compare, and leave; status 1 if a decision differs",
+    )
     add("--quiet", action="store_true", help="no progress")
 
 
@@ -59,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.residuals:
         print(tables.to_text())
         return 0
+    if args.record:
+        return _decide_again([Path(name).expanduser() for name in args.record])
     base = _workload(args)
     found: list[Figures] = []
     for setup in _setups(args, base):
@@ -77,6 +85,15 @@ def run(args: argparse.Namespace) -> int:
     elif args.json:
         Path(args.json).write_text(to_json(found), encoding="utf-8")
     return 0
+
+
+def _decide_again(paths: list[Path]) -> int:
+    same = True
+    for path in paths:
+        comparison = replay.replay(path)
+        print(replay.to_text(comparison), flush=True)
+        same = same and not comparison.different
+    return 0 if same else 1
 
 
 def _workload(args: argparse.Namespace) -> Workload:
