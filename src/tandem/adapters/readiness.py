@@ -1,12 +1,20 @@
 """Is a service ready? One quick attempt each; what is not there yet is not an error.
 
 gRPC health v1 with the empty service name, or HTTP ``GET`` answered with 200.
+
+    python -m tandem.adapters.readiness grpc://HOST:PORT | http://HOST:PORT/PATH
+
+ends with status 0 if so, for whoever checks from outside (a container's health check).
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+from tandem.adapters.addresses import is_wildcard, own_address
 
 ATTEMPT_S = 1.0
 
@@ -58,3 +66,22 @@ async def _listens(host: str, port: int) -> bool:
     except (OSError, TimeoutError):
         return False
     return True
+
+
+def probe_of(url: str) -> Probe:
+    """ValueError for a URL of another kind."""
+    parts = urlsplit(url)
+    host, port = own_address(parts.hostname or ""), parts.port
+    if not host or port is None or parts.scheme not in ("grpc", "http"):
+        raise ValueError(f"{url!r} is neither grpc://HOST:PORT nor http://HOST:PORT/PATH")
+    if is_wildcard(host):
+        host = "::1" if ":" in host else "127.0.0.1"
+    return grpc_serving(host, port) if parts.scheme == "grpc" else http_ok(host, port, parts.path or "/")
+
+
+async def _check(url: str) -> bool:
+    return await probe_of(url)()
+
+
+if __name__ == "__main__":
+    sys.exit(not asyncio.run(_check(sys.argv[1])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem.adapters import deployment as deployment_file
 from tandem.adapters.deployment import Deployment, Endpoint, Model, Pool, PoolRole
 from tandem.errors import ConfigError
 
@@ -52,7 +53,8 @@ def overridden(base: Deployment, by: Overrides) -> Deployment:
     if by.engine is not None:
         models = tuple(_with_engine(model, by.engine) for model in models)
     update["models"] = models
-    return base.model_copy(update=update)
+    # Checked as a whole once more: a port from the command line may be another one's in the file.
+    return deployment_file.parse(base.model_copy(update=update).to_yaml(), source="deployment")
 
 
 def with_paths(base: Deployment, paths: dict[str, Path], folder: Path) -> Deployment:

@@ -12,7 +12,7 @@ class WorkerSettings(CommonSettings):
     model: str = option(doc="Name of the model in the deployment file.")
     pool: str = option("", doc="Name of the pool in the deployment file; the service's own role when empty.")
     run_dir: str = option("", doc="Folder for this worker's sockets; a temporary one when empty.")
-    kv_host: str = option("127.0.0.1", doc="Interface of the KV plane. It has no authentication: keep it private.")
+    kv_host: str = option("127.0.0.1", doc="Interface of the KV plane; it has no authentication: keep it private.")
     kv_port: int = option(0, doc="Port of the KV plane's side channel; 0 = any free one.")
     load_interval_s: float = option(0.1, doc="Time between load reports.")
     registry_ttl_s: float = option(10.0, doc="Life of the registry entry without a refresh.")

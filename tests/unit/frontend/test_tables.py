@@ -215,7 +215,7 @@ def test_classes_of_tenants() -> None:
     deployment = Deployment(
         models=(Model(name="m", path="p", pools=(Pool(role=PoolRole.AGGREGATED),)),),
         classes=(Class(name="first"), Class(name="second")),
-        tenants=(Tenant(name="t", request_class="second", api_key_sha256=("00",)),),
+        tenants=(Tenant(name="t", request_class="second", api_key_sha256=("0" * 64,)),),
     )
     tenants = Tenants(deployment)
     tenant = deployment.tenants[0]
