@@ -22,7 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -95,8 +95,11 @@ def nats_command(
     return ServerCommand("nats-server", argv, port, f"nats://{HOST}:{port}", lambda: _nats_ready(port))
 
 
-def redis_command(*, port: int) -> ServerCommand:
-    """The Redis-compatible server: in memory only, and it refuses rather than evicts, because leases live in it."""
+def redis_command(*, port: int, changed: Mapping[str, str] | None = None) -> ServerCommand:
+    """The Redis-compatible server: in memory only, and it refuses rather than evicts, because leases live in it.
+
+    ``changed``: options of the server that are to differ.
+    """
     options = {
         "bind": HOST,
         "port": str(port),
@@ -105,6 +108,7 @@ def redis_command(*, port: int) -> ServerCommand:
         "maxmemory-policy": "noeviction",
         "hash-max-listpack-entries": str(_HASH_MAX_LISTPACK_ENTRIES),
         "daemonize": "no",
+        **(changed or {}),
     }
     argv = [str(_redis_binary())]
     for option, value in options.items():
@@ -327,5 +331,5 @@ class NatsServer(EmbeddedServer):
 
 
 class RedisServer(EmbeddedServer):
-    def __init__(self, *, port: int = 0, log: Path | None = None) -> None:
-        super().__init__("redis", lambda port, _: redis_command(port=port), port=port, log=log)
+    def __init__(self, *, port: int = 0, log: Path | None = None, changed: Mapping[str, str] | None = None) -> None:
+        super().__init__("redis", lambda port, _: redis_command(port=port, changed=changed), port=port, log=log)
