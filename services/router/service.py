@@ -9,6 +9,7 @@ import grpc
 
 from services.router.model_router import ModelRouter
 from tandem.adapters.grpc_errors import abort_with
+from tandem.core.snapshot import Depth
 from tandem.core.types import Explanation, Request, RequestKey
 from tandem.errors import UnknownModel
 from tandem.v1 import router_pb2, router_pb2_grpc
@@ -85,6 +86,8 @@ class RouterControl(router_pb2_grpc.RouterServiceServicer):
             oldest_wait_s=snapshot.oldest_wait_s,
             in_flight=snapshot.in_flight,
             kept=router.kept,
+            queue_by_class=_depths(snapshot.queue_by_class),
+            queue_by_tenant=_depths(snapshot.queue_by_tenant),
             workers=[
                 router_pb2.Booked(
                     worker=worker.id,
@@ -106,6 +109,10 @@ class RouterControl(router_pb2_grpc.RouterServiceServicer):
             await abort_with(context, UnknownModel(f"no model {model!r}; this router has: {names}"))
         assert router is not None
         return router
+
+
+def _depths(depths: Mapping[str, Depth]) -> list[router_pb2.QueueDepth]:
+    return [router_pb2.QueueDepth(name=n, requests=d.requests, tokens=d.tokens) for n, d in depths.items()]
 
 
 def _explanation(explanation: Explanation) -> router_pb2.ExplainResponse:

@@ -137,18 +137,32 @@ class Booked(_message.Message):
     model_error: float
     def __init__(self, worker: _Optional[str] = ..., in_flight: _Optional[int] = ..., pending_prefill_s: _Optional[float] = ..., kv_blocks_in_use: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., sequences: _Optional[int] = ..., model_error: _Optional[float] = ...) -> None: ...
 
+class QueueDepth(_message.Message):
+    __slots__ = ("name", "requests", "tokens")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    requests: int
+    tokens: int
+    def __init__(self, name: _Optional[str] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
 class GetAccountingResponse(_message.Message):
-    __slots__ = ("queued", "queued_tokens", "oldest_wait_s", "in_flight", "kept", "workers")
+    __slots__ = ("queued", "queued_tokens", "oldest_wait_s", "in_flight", "kept", "workers", "queue_by_class", "queue_by_tenant")
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OLDEST_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_BY_CLASS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_BY_TENANT_FIELD_NUMBER: _ClassVar[int]
     queued: int
     queued_tokens: int
     oldest_wait_s: float
     in_flight: int
     kept: int
     workers: _containers.RepeatedCompositeFieldContainer[Booked]
-    def __init__(self, queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., oldest_wait_s: _Optional[float] = ..., in_flight: _Optional[int] = ..., kept: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[Booked, _Mapping]]] = ...) -> None: ...
+    queue_by_class: _containers.RepeatedCompositeFieldContainer[QueueDepth]
+    queue_by_tenant: _containers.RepeatedCompositeFieldContainer[QueueDepth]
+    def __init__(self, queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., oldest_wait_s: _Optional[float] = ..., in_flight: _Optional[int] = ..., kept: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[Booked, _Mapping]]] = ..., queue_by_class: _Optional[_Iterable[_Union[QueueDepth, _Mapping]]] = ..., queue_by_tenant: _Optional[_Iterable[_Union[QueueDepth, _Mapping]]] = ...) -> None: ...
