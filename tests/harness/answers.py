@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache
 from typing import Protocol
 
 from tokenizers import Tokenizer
@@ -34,15 +34,16 @@ class Answers(Protocol):
     def text(self, tokens: Sequence[int]) -> str: ...
 
 
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(prepare_smollm2() / "tokenizer.json"))
+
+
 class _Smollm:
     model = MODEL
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_file(str(prepare_smollm2() / "tokenizer.json"))
-
     def text(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(tokens)))
+        return str(tokenizer().decode(list(tokens)))
 
 
 class SimAnswers(_Smollm):
