@@ -25,9 +25,10 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as NatsSubscription
 
-from tandem.adapters.bus import BusStats, Handler, Message
+from tandem.adapters.bus import BusStats, FailureLog, Handler, Message
 from tandem.adapters.clock import monotonic
 from tandem.errors import BusUnavailable, ConfigError, NoWorkers, PayloadTooLarge, RequestTimeout
+from tandem.wire.permissions import inbox_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class _Subscription:
         self._subject = subject
         self._queue = queue
         self._handler = handler
+        self._failures = FailureLog(bus.stats, monotonic)
         self._inner: NatsSubscription | None = None
 
     async def open(self, client: Client) -> None:
@@ -82,9 +84,8 @@ class _Subscription:
         no_responders = not msg.data and (msg.headers or {}).get("Status") == _NO_RESPONDERS
         try:
             self._handler(Message(msg.subject, msg.data, msg.reply, no_responders))
-        except Exception:  # one message's defect must not end the subscription: it is logged and counted
-            self._bus.stats.handler_errors += 1
-            logger.exception("handler of %s failed on a message to %s", self._subject, msg.subject)
+        except Exception as error:  # one message's defect must not end the subscription: it is logged and counted
+            self._failures.failed(self._subject, Message(msg.subject, msg.data), error)
 
     async def unsubscribe(self) -> None:
         self._bus._subscriptions.pop(self, None)
@@ -375,4 +376,5 @@ def _with_user_of(server: SplitResult, options: NatsOptions) -> NatsOptions:
         return options
     if server.password is None:
         return replace(options, token=unquote(server.username))
-    return replace(options, user=unquote(server.username), password=unquote(server.password))
+    user = unquote(server.username)
+    return replace(options, user=user, password=unquote(server.password), inbox_prefix=inbox_prefix(user))
