@@ -18,6 +18,8 @@ from services.frontend import connections, served_model
 from services.frontend.asgi import PostedRoutes
 from services.frontend.cluster import Cluster
 from services.frontend.config import FrontendSettings
+from services.frontend.embedding import Embedder
+from services.frontend.embeddings_route import EmbeddingsRoute
 from services.frontend.generation import Generations
 from services.frontend.grpc_service import InferenceService
 from services.frontend.intake import Intake
@@ -65,12 +67,14 @@ class Frontend:
         self._intake = Intake(wanted, [served_model.load(model) for model in wanted.models])
         openai = OpenAIRoutes(self._intake)
         tokens = TokenizeRoutes(self._intake)
+        embedder = Embedder(self._intake, self.cluster)
         app = PostedRoutes(
             web_app(self._intake, self.readiness),
             {
                 "/v1/chat/completions": openai.chat,
                 "/v1/completions": openai.completions,
                 "/v1/responses": openai.responses,
+                "/v1/embeddings": EmbeddingsRoute(embedder).embeddings,
                 "/tokenize": tokens.tokenize,
                 "/detokenize": tokens.detokenize,
             },
@@ -92,7 +96,7 @@ class Frontend:
             wanted.grpc.port if settings.grpc_port < 0 else settings.grpc_port,
             max_request_bytes=wanted.limits.max_body_bytes,
         )
-        service = InferenceService(self._intake, self.generations)
+        service = InferenceService(self._intake, self.generations, embedder)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, self._grpc.server)
         self._socket: socket.socket | None = None
 

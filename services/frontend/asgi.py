@@ -11,14 +11,14 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from typing import Any
 
 from services.frontend.generation import Generation, Generations
 from services.frontend.http_errors import error_body, error_headers, http_status
 from services.frontend.intake import Caller, Intake
 from services.frontend.openai_responses import DONE, KEEP_ALIVE, event
-from services.frontend.openai_routes import AnswerForm, Route
+from services.frontend.openai_routes import AnswerForm, Exchange, Route
 from tandem.adapters.clock import monotonic
 from tandem.errors import (
     Cancelled,
@@ -107,6 +107,9 @@ class PostedRoutes:
         if isinstance(exchange, bytes):
             await response.whole(200, exchange)
             return
+        if not isinstance(exchange, Exchange):
+            await response.whole(200, await _unless_disconnected(exchange, receive))
+            return
         generation = self._generations.begin(exchange.request)
         watcher = asyncio.create_task(_cancel_on_disconnect(receive, generation))
         try:
@@ -141,6 +144,24 @@ async def _cancel_on_disconnect(receive: Receive, generation: Generation) -> Non
     while (await receive())["type"] != "http.disconnect":
         pass
     generation.cancel()
+
+
+async def _unless_disconnected(work: Coroutine[Any, Any, bytes], receive: Receive) -> bytes:
+    """Raises Disconnected, with the work cancelled, when the client goes away before its end."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Disconnected
+        return working.result()
+    finally:
+        watching.cancel()
+        working.cancel()
 
 
 async def _read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int) -> bytes:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import uuid
+from array import array
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
 
+from services.frontend.embedding import Embedder
 from services.frontend.generation import Delta, Generation, GenerationRequest, Generations
 from services.frontend.intake import Caller, Intake
 from services.frontend.options import Options, convert
@@ -25,9 +27,10 @@ _LISTS = ("stop", "stop_token_ids")
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Deadlines and cancellation are gRPC's own: either ends the request wherever it is."""
 
-    def __init__(self, intake: Intake, generations: Generations) -> None:
+    def __init__(self, intake: Intake, generations: Generations, embedder: Embedder) -> None:
         self._intake = intake
         self._generations = generations
+        self._embedder = embedder
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -72,6 +75,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             if generation is not None:
                 generation.cancel()
 
+    async def Embed(
+        self, request: inference_pb2.EmbedRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> inference_pb2.EmbedResponse:
+        try:
+            return await self._embed(request, context)
+        except TandemError as error:
+            return await abort_with(context, error)
+
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.ListModelsResponse:
@@ -110,6 +121,30 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             param=kind,
             streaming=True,
             arrival_s=arrival_s,
+        )
+
+    async def _embed(
+        self, request: inference_pb2.EmbedRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> inference_pb2.EmbedResponse:
+        arrival_s = monotonic()
+        caller = self._caller(context)
+        model = self._embedder.model(request.model)
+        if not request.inputs:
+            raise InvalidRequest("inputs: at least one is needed", param="inputs")
+        given: list[str | list[int]] = []
+        for one in request.inputs:
+            given.append(list(one.token_ids.ids) if one.WhichOneof("input") == "token_ids" else one.text)
+        done = await self._embedder.embed(
+            caller,
+            model,
+            await self._embedder.prompts(model, given, truncate=request.truncate_tokens or None, param="inputs"),
+            id="embd-" + uuid.uuid4().hex,
+            request_class=request.request_class or None,
+            arrival_s=arrival_s,
+        )
+        return inference_pb2.EmbedResponse(
+            embeddings=[inference_pb2.Embedding(values=array("f", vector)) for vector in done.vectors],
+            usage=inference_pb2.Usage(prompt_tokens=done.prompt_tokens, cached_tokens=done.cached_tokens),
         )
 
     async def _chat_request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -60,9 +61,23 @@ class Intake:
         try:
             return await model.encode(text, self._executor, add_special_tokens=add_special_tokens)
         except UnicodeEncodeError:
-            raise InvalidRequest(
-                f"{param}: holds half of a surrogate pair, which is no character", param=param
-            ) from None
+            raise _surrogate(param) from None
+
+    async def tokenise_input(self, model: ServedModel, text: str, *, truncate: int | None, param: str) -> list[int]:
+        """Of an embedding: at most ``truncate`` tokens, special ones included; None = all, however many."""
+        if truncate is None and model.tokenizer.least_tokens(text) > model.max_model_len:
+            raise ContextLengthExceeded(
+                f"an input is longer than the context length of {model.name!r}, {model.max_model_len} tokens",
+                param=param,
+            )
+        try:
+            if truncate is None:
+                return await model.encode(text, self._executor, add_special_tokens=True)
+            return await asyncio.get_running_loop().run_in_executor(
+                self._executor, model.tokenizer.encode_truncated, text, truncate
+            )
+        except UnicodeEncodeError:
+            raise _surrogate(param) from None
 
     def check_token_ids(self, model: ServedModel, ids: Sequence[int], *, param: str) -> None:
         size = model.tokenizer.vocab_size
@@ -88,6 +103,8 @@ class Intake:
     ) -> GenerationRequest:
         """``param``: the field that the prompt came in, for messages."""
         limits = self.limits
+        if model.embeds:
+            raise InvalidRequest(f"model {model.name!r} makes embeddings, no text", param="model")
         if not 1 <= n <= limits.max_n:
             raise InvalidRequest(f"n: must be from 1 to {limits.max_n}", param="n")
         if len(options.stop_strings) > limits.max_stop:
@@ -136,6 +153,10 @@ def _max_tokens(model: ServedModel, prompt_tokens: int, asked: int | None, param
             param="max_tokens",
         )
     return asked or room
+
+
+def _surrogate(param: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: holds half of a surrogate pair, which is no character", param=param)
 
 
 def _too_long(model: ServedModel, tokens: str, param: str) -> ContextLengthExceeded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,8 +50,9 @@ class Exchange:
     answer: AnswerForm
 
 
-#: From (body, caller, time of arrival) to what is to be generated, or to an answer that needs no generation.
-Route = Callable[[bytes, Caller, float], Awaitable[Exchange | bytes]]
+#: From (body, caller, time of arrival) to what is to be generated, to an answer that needs no generation, or to work
+#: that ends with one and may be cancelled.
+Route = Callable[[bytes, Caller, float], Awaitable[Exchange | bytes | Coroutine[Any, Any, bytes]]]
 
 
 class OpenAIRoutes:

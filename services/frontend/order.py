@@ -48,6 +48,8 @@ class Order:
     #: Start of the chain of block hashes: core.blocks.root_hash(model, lora, cache_salt).
     hash_root: int = 0
     traceparent: str = ""
+    #: The prompt's embedding is wanted, no tokens; ``sampling`` says max_tokens=0.
+    embed: bool = False
     #: Nobody sees a token before the end, so the request may start again from scratch.
     restartable: bool = False
     #: Tokens that end a generation by themselves (end-of-sequence, stop tokens).
@@ -69,6 +71,8 @@ class Outcome:
     error: errors.TandemError | None = None
     timings: bus_pb2.Timings | None = None
     attempts: int = 1
+    #: Little-endian f32.
+    embedding: bytes = b""
 
 
 class Consumer:

@@ -19,9 +19,6 @@ from services.frontend.tokenizer import Tokenizer, read_json
 from tandem.adapters.deployment import Model
 from tandem.errors import ConfigError, InvalidRequest
 
-#: Characters up to which a text is tokenised on the event loop (about 0.5 ms); a longer one goes to the thread.
-INLINE_CHARS = 2_000
-
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -34,6 +31,8 @@ class ServedModel:
     eos_ids: frozenset[int]
     #: Sampling that the model's author recommends (generation_config.json); what a request leaves out.
     defaults: Mapping[str, float] = field(default_factory=dict)
+    #: Makes embeddings instead of text.
+    embeds: bool = False
     #: Names of the deployment file.
     tool_parser: str = ""
     reasoning_parser: str = ""
@@ -51,13 +50,15 @@ class ServedModel:
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a chat. InvalidRequest if the model has no template or the template refuses."""
+        if self.embeds:
+            raise InvalidRequest(f"model {self.name!r} makes embeddings, no text", param="model")
         if self.template is None:
             raise InvalidRequest(f"model {self.name!r} has no chat template: use completions instead", param="messages")
         return self.template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, extra=extra)
 
     async def encode(self, text: str, executor: Executor, *, add_special_tokens: bool) -> list[int]:
         """Token ids of ``text``. Long texts in ``executor``, so that streams do not wait for them."""
-        if len(text) <= INLINE_CHARS:
+        if len(text) <= self.tokenizer.inline_chars:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
@@ -71,7 +72,7 @@ def load(model: Model) -> ServedModel:
     if not folder.is_dir():
         raise ConfigError(f"model {model.name!r}: no folder {folder}")
     families.check(model.tool_parser, model.reasoning_parser)
-    tokenizer = Tokenizer(folder)
+    tokenizer = Tokenizer(folder, fast=model.tokenizer == "auto", model=model.name)
     generation = read_json(folder / "generation_config.json")
     return ServedModel(
         name=model.name,
@@ -85,6 +86,7 @@ def load(model: Model) -> ServedModel:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if isinstance(generation.get(name), int | float)
         },
+        embeds=model.task == "embed",
         tool_parser=model.tool_parser,
         reasoning_parser=model.reasoning_parser,
     )

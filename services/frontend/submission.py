@@ -31,4 +31,5 @@ def submit_message(journey: Journey, *, frontend: str, now: float) -> bus_pb2.Su
         traceparent=order.traceparent,
         avoid_workers=sorted(journey.avoid),
         local_only=journey.local_only,
+        embed=order.embed,
     )

@@ -12,6 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from services.frontend.embeddings_route import EmbeddingsRequest
 from services.frontend.http_errors import error_body, error_headers, http_status
 from services.frontend.intake import Intake
 from services.frontend.openai_requests import ChatRequest, CompletionRequest
@@ -26,6 +27,7 @@ POSTED = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
+    "/v1/embeddings": EmbeddingsRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

@@ -41,7 +41,7 @@ def check_feasible(request: Request, longest_tokens: int) -> None:
     """
     if not longest_tokens:
         raise NoWorkers(f"no worker of model {request.model!r} can decode at the moment", retry_after_s=1.0)
-    if request.isl_tokens + min(1, request.max_osl_tokens) > longest_tokens:
+    if request.least_tokens > longest_tokens:
         raise ContextLengthExceeded(
             f"the prompt has {request.isl_tokens} tokens, and the largest worker of model {request.model!r} holds "
             f"{longest_tokens} tokens of prompt and output",

@@ -144,7 +144,7 @@ def unfit(view: WorkerView, request: Request, avoid: frozenset[str] = frozenset(
         return "lacks the LoRA"
     if view.id in avoid:
         return "failed this request before"
-    if request.isl_tokens >= view.capacity_tokens:
+    if request.least_tokens > view.capacity_tokens:
         return "too small for the prompt"
     return ""
 

@@ -170,6 +170,11 @@ class Request:
     avoid_workers: frozenset[str] = frozenset()
     local_only: bool = False
 
+    @property
+    def least_tokens(self) -> int:
+        """What a worker must hold at least: the prompt, and a token where any is wanted (an embedding wants none)."""
+        return self.isl_tokens + min(1, self.max_osl_tokens)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

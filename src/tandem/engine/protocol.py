@@ -13,6 +13,8 @@ Contract (tests/contract/test_engine.py runs it over every implementation):
   with ``handoff`` set. Its blocks stay held until ``release_handoff`` or the lease's end.
 * A request with ``handoff`` pulls the KV blocks that it lacks. If the pull fails, the engine recomputes. A handoff
   that does not match the prompt is refused (HandoffFailed via the sink), and the engine lives.
+* A request with ``embed`` sees one output: ``finish`` STOP with ``embedding`` set. Only an engine whose config says
+  ``embeds`` takes it, and it takes no other.
 * When the engine dies, every sink gets FinishReason.ERROR and ``dead`` is set; the shell then leaves.
 """
 
@@ -54,6 +56,7 @@ class EngineRequest:
     #: as failed, and the engine recomputes. None = nobody knows.
     handoff_valid_s: float | None = None
     traceparent: str = ""
+    embed: bool = False  # the prompt's embedding is wanted; ``sampling`` means nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class EngineOutput:
     handoff: KvHandoff | None = None
     logprobs: Sequence[Sequence[Logprob]] | None = None  # per new token
     prompt_logprobs: Sequence[Sequence[Logprob] | None] | None = None
+    embedding: bytes = b""  # little-endian f32
     error: TandemError | None = None
 
 
@@ -197,4 +201,5 @@ class EngineConfig:
     kv_lease_s: float
     kv_host: str
     kv_port: int
+    embeds: bool = False  # makes embeddings instead of tokens
     args: dict[str, object] = field(default_factory=dict)

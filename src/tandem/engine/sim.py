@@ -33,7 +33,7 @@ from tandem.engine.protocol import (
 )
 from tandem.engine.sim_config import SimArgs
 from tandem.enginemodel.block_pool import CacheEvent, Removed, Stored
-from tandem.enginemodel.content import TokenContent, Vocabulary
+from tandem.enginemodel.content import TokenContent, Vocabulary, hashed_embedding
 from tandem.enginemodel.engine_model import EngineModel
 from tandem.enginemodel.link import Link
 from tandem.enginemodel.sequence import ModelConfig, Output, Pull, StepResult
@@ -218,6 +218,8 @@ class SimEngine:
             raise EngineFailed("the engine has stopped")
         if request.request_id in self._live:
             raise InternalError(f"request {request.request_id} is here already")
+        if request.embed != self._config.embeds:
+            raise InvalidRequest("this engine makes embeddings" if self._config.embeds else "this engine makes tokens")
         if request.sampling.structured_output is not None:
             raise InvalidRequest("the simulated engine has no structured output", param="response_format")
         source = self._source(request) if request.handoff is not None else None
@@ -232,7 +234,7 @@ class SimEngine:
         sequence = ModelSequence(
             request.request_id,
             content,
-            request.sampling.max_tokens,
+            1 if request.embed else request.sampling.max_tokens,
             request.priority,
             produce_handoff=request.produce_handoff,
             remote=source is not None,
@@ -313,6 +315,10 @@ class SimEngine:
     def _engine_output(self, output: Output, live: _Live) -> EngineOutput:
         sampling, token = live.request.sampling, output.token
         first = not live.started
+        if live.request.embed:
+            vector = hashed_embedding(live.request.prompt, self._args.embedding_size)
+            cached = output.sequence.cached_tokens
+            return EngineOutput(finish=FinishReason.STOP, cached_tokens=cached, embedding=vector)
         logprobs = prompt_logprobs = None
         if sampling.logprobs is not None and token is not None:
             logprobs = [live.content.logprobs(token, max(1, sampling.logprobs))]

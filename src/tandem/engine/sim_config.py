@@ -36,6 +36,7 @@ class SimArgs:
     token_ids: tuple[int, ...] = ()  # exactly these ids
     eos_token_id: int | None = None
     mean_osl: int = 0  # 0 = outputs end at max_tokens only
+    embedding_size: int = 64  # of a model whose task is embed
 
     @classmethod
     def parse(cls, args: dict[str, object]) -> SimArgs:
@@ -52,6 +53,8 @@ class SimArgs:
                     values[name] = tuple(int(i) for i in ids)
             parsed = cls(**values)  # type: ignore[arg-type]
             parsed.timing()
+            if parsed.embedding_size < 1:
+                raise ValueError("embedding_size must be at least 1")
             if parsed.speedup < 0 or parsed.link_bytes_per_s <= 0 or parsed.kv_bytes_per_token <= 0:
                 raise ValueError("speedup, link and KV sizes cannot be negative or zero")
         except (TypeError, ValueError) as error:

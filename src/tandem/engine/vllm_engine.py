@@ -147,7 +147,10 @@ class VllmEngine:
         try:
             if self._dead.is_set():
                 raise EngineFailed("the engine died")
-            if len(request.prompt) >= self.info.max_model_len:
+            if request.embed != self._config.embeds:
+                makes = "embeddings" if self._config.embeds else "tokens"
+                raise InvalidRequest(f"this engine makes {makes}", param="model")
+            if len(request.prompt) + (not request.embed) > self.info.max_model_len:
                 limit = self.info.max_model_len
                 raise ContextLengthExceeded(
                     f"a prompt of {len(request.prompt)} tokens and its output do not fit {limit}", param="messages"
@@ -169,10 +172,12 @@ class VllmEngine:
         from vllm.inputs.engine import tokens_input
         from vllm.lora.request import LoRARequest
 
-        from tandem.engine.vllm_sampling import prefill_sampling, sampling
+        from tandem.engine.vllm_sampling import pooling, prefill_sampling, sampling
 
         try:
-            if request.produce_handoff:
+            if request.embed:
+                params: Any = pooling()
+            elif request.produce_handoff:
                 if not self._config.disaggregated:
                     raise HandoffFailed("this engine has no KV transfer")
                 params = prefill_sampling()
@@ -310,7 +315,7 @@ class _Live:
         if isinstance(output, Exception):
             return self.fail(EngineFailed(first_line(output)))
         try:
-            news = self._prefilled(output) if self.request.produce_handoff else self._news(output)
+            news = self._translate(output)
         except TandemError as e:
             return self.fail(e)
         if news is None:
@@ -338,6 +343,17 @@ class _Live:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": f"the sink of request {self.request.request_id} failed", "exception": e}
             )
+
+    def _translate(self, output: Any) -> EngineOutput | None:
+        if self.request.embed:
+            return self._embedded(output)
+        return self._prefilled(output) if self.request.produce_handoff else self._news(output)
+
+    def _embedded(self, output: Any) -> EngineOutput | None:
+        if not output.finished:
+            return None
+        vector: bytes = output.outputs.data.float().numpy().astype("<f4").tobytes()
+        return EngineOutput(finish=FinishReason.STOP, cached_tokens=output.num_cached_tokens or 0, embedding=vector)
 
     def _prefilled(self, output: Any) -> EngineOutput | None:
         if not output.finished:

@@ -95,6 +95,11 @@ def engine_args(config: EngineConfig, own: dict[str, Any], *, cpu: bool, parent_
             "max_num_seqs": _CPU_SEQUENCES,
             "distributed_executor_backend": "tandem.engine.vllm_core.CpuExecutor",
         }
+    if config.embeds:
+        args |= {"runner": "pooling"}
+        del args["enable_prefix_caching"]  # vLLM knows which of these models can
+        if cpu:  # an encoder takes a prompt in one piece
+            args["max_num_batched_tokens"] = max(_CPU_CHUNK_TOKENS, config.max_model_len)
     args |= own
     args["additional_config"] = {**args.get("additional_config", {}), "parent_pid": parent_pid}
     if cpu and args["block_size"] % _CPU_BLOCK_MULTIPLE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.sampling_params import SamplingParams as VllmSampling
 
@@ -20,6 +21,11 @@ def prefill_sampling() -> VllmSampling:
         output_kind=RequestOutputKind.DELTA,
         extra_args={"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}},
     )
+
+
+def pooling() -> PoolingParams:
+    """Of an embedding: one normalised vector for the prompt, as the model's own pooling makes it."""
+    return PoolingParams(task="embed")
 
 
 def sampling(params: SamplingParams, kv_transfer_params: dict[str, Any] | None) -> VllmSampling:

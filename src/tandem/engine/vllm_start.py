@@ -81,6 +81,9 @@ def engine_info(
 
     cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
     cpu = vllm_config.device_config.device_type == "cpu"
+    kv_blocks = ranks[0]["num_blocks"] - 1  # one is vLLM's null block
+    if _keeps_no_kv(vllm_config.model_config):  # then its batch is the limit
+        kv_blocks = scheduler.max_num_seqs * -(-vllm_config.model_config.max_model_len // cache.block_size)
     return EngineInfo(
         engine="vllm",
         engine_version=vllm.__version__,
@@ -89,7 +92,7 @@ def engine_info(
         kv_layout=f"{ranks[0]['layout'] or 'default'}/{cache.cache_dtype}",
         block_size=cache.block_size,
         max_model_len=vllm_config.model_config.max_model_len,
-        kv_blocks_total=ranks[0]["num_blocks"] - 1,  # one is vLLM's null block
+        kv_blocks_total=kv_blocks,
         kv_bytes_per_token=sum(rank["block_bytes"] for rank in ranks) // cache.block_size,
         max_batched_tokens=scheduler.max_num_batched_tokens,
         max_num_seqs=scheduler.max_num_seqs,
@@ -97,6 +100,11 @@ def engine_info(
         kv_endpoint=f"{config.kv_host}:{endpoints.kv_port}" if config.disaggregated else "",
         link_bytes_per_s=options.link_bytes_per_s,
     )
+
+
+def _keeps_no_kv(model_config: Any) -> bool:
+    """An encoder: attention over the whole prompt, in one step."""
+    return bool(model_config.attn_type == "encoder_only")
 
 
 def first_line(error: BaseException) -> str:
@@ -202,7 +210,7 @@ def _check_room(vllm_config: Any) -> None:
     """One sequence of full length must fit into the KV cache; vLLM would say so only in the child's log."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
     given = cache.kv_cache_memory_bytes
-    if given is None or model.use_mla:
+    if given is None or model.use_mla or _keeps_no_kv(model):
         return
     itemsize = importlib.import_module("torch").tensor([], dtype=model.dtype).element_size()
     heads, layers = (

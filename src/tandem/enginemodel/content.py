@@ -8,10 +8,12 @@ tokens.
 
 from __future__ import annotations
 
+import struct
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import log
+from math import log, sqrt
 from typing import Protocol
 
 import xxhash
@@ -176,3 +178,16 @@ class TokenContent:
                 found.append(other)
             position += 1
         return [(found[i], (i + 1) * log(0.5), i + 1) for i in range(len(found))]
+
+
+def hashed_embedding(prompt: Sequence[int], size: int) -> bytes:
+    """What a simulated engine says of a prompt: feature hashing of its tokens, little-endian f32 of length one.
+
+    Prompts that share tokens lie close to each other; ``size`` is the number of values.
+    """
+    values = [0.0] * size
+    for token, count in Counter(prompt).items():
+        digest = xxhash.xxh3_64_intdigest(token.to_bytes(4, "little"))
+        values[digest % size] += count if digest >> 63 else -count
+    length = sqrt(sum(value * value for value in values)) or 1.0
+    return struct.pack(f"<{size}f", *(value / length for value in values))

@@ -35,7 +35,7 @@ PHASE_FAILED: Phase
 PHASE_ABORTED: Phase
 
 class Submit(_message.Message):
-    __slots__ = ("key", "model", "frontend", "rid", "tenant", "request_class", "timeout_ms", "ttft_slo_ms", "waited_ms", "isl_tokens", "prompt", "block_hashes", "sampling", "lora", "cache_salt", "traceparent", "avoid_workers", "local_only")
+    __slots__ = ("key", "model", "frontend", "rid", "tenant", "request_class", "timeout_ms", "ttft_slo_ms", "waited_ms", "isl_tokens", "prompt", "block_hashes", "sampling", "lora", "cache_salt", "traceparent", "avoid_workers", "local_only", "embed")
     KEY_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FRONTEND_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,7 @@ class Submit(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     AVOID_WORKERS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_ONLY_FIELD_NUMBER: _ClassVar[int]
+    EMBED_FIELD_NUMBER: _ClassVar[int]
     key: _types_pb2.RequestKey
     model: str
     frontend: str
@@ -72,7 +73,8 @@ class Submit(_message.Message):
     traceparent: str
     avoid_workers: _containers.RepeatedScalarFieldContainer[str]
     local_only: bool
-    def __init__(self, key: _Optional[_Union[_types_pb2.RequestKey, _Mapping]] = ..., model: _Optional[str] = ..., frontend: _Optional[str] = ..., rid: _Optional[int] = ..., tenant: _Optional[str] = ..., request_class: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., ttft_slo_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ..., isl_tokens: _Optional[int] = ..., prompt: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., lora: _Optional[str] = ..., cache_salt: _Optional[str] = ..., traceparent: _Optional[str] = ..., avoid_workers: _Optional[_Iterable[str]] = ..., local_only: _Optional[bool] = ...) -> None: ...
+    embed: bool
+    def __init__(self, key: _Optional[_Union[_types_pb2.RequestKey, _Mapping]] = ..., model: _Optional[str] = ..., frontend: _Optional[str] = ..., rid: _Optional[int] = ..., tenant: _Optional[str] = ..., request_class: _Optional[str] = ..., timeout_ms: _Optional[int] = ..., ttft_slo_ms: _Optional[int] = ..., waited_ms: _Optional[int] = ..., isl_tokens: _Optional[int] = ..., prompt: _Optional[bytes] = ..., block_hashes: _Optional[bytes] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., lora: _Optional[str] = ..., cache_salt: _Optional[str] = ..., traceparent: _Optional[str] = ..., avoid_workers: _Optional[_Iterable[str]] = ..., local_only: _Optional[bool] = ..., embed: _Optional[bool] = ...) -> None: ...
 
 class Reject(_message.Message):
     __slots__ = ("rid", "error")
@@ -195,7 +197,7 @@ class Placed(_message.Message):
     def __init__(self, rid: _Optional[int] = ..., leg: _Optional[_Union[Leg, str]] = ...) -> None: ...
 
 class Finish(_message.Message):
-    __slots__ = ("rid", "reason", "stop_token_id", "output_tokens", "cached_tokens", "error", "timings")
+    __slots__ = ("rid", "reason", "stop_token_id", "output_tokens", "cached_tokens", "error", "timings", "embedding")
     RID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +205,7 @@ class Finish(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     rid: int
     reason: _types_pb2.FinishReason
     stop_token_id: int
@@ -210,7 +213,8 @@ class Finish(_message.Message):
     cached_tokens: int
     error: _types_pb2.ErrorDetail
     timings: Timings
-    def __init__(self, rid: _Optional[int] = ..., reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    embedding: bytes
+    def __init__(self, rid: _Optional[int] = ..., reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., output_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., embedding: _Optional[bytes] = ...) -> None: ...
 
 class LogprobsUpdate(_message.Message):
     __slots__ = ("rid", "seq", "positions", "prompt_positions")

@@ -241,6 +241,7 @@ class Execution:
                 handoff=handoff,
                 handoff_valid_s=handoff_valid_s,
                 traceparent=submit.traceparent,
+                embed=submit.embed,
             ),
             sink,
         )
@@ -281,6 +282,7 @@ class Execution:
             output_tokens=len(running.tokens),
             cached_tokens=running.cached_tokens,
             timings=timings_of(running, self._worker),
+            embedding=output.embedding,
         )
         if output.error is not None:
             finish.error.CopyFrom(codec.error_to_wire(output.error))
