@@ -17,6 +17,7 @@ from tandem.adapters.embedded import NatsServer
 from tandem.adapters.memory_bus import MemoryBus, MemoryHub, matches
 from tandem.adapters.nats_bus import NatsBus, NatsOptions
 from tandem.errors import BusUnavailable, ConfigError, NoWorkers, PayloadTooLarge, RequestTimeout
+from tandem.v1 import bus_pb2
 
 LONG_S = 20.0
 
@@ -220,6 +221,23 @@ async def test_a_handler_that_raises_is_counted_and_the_next_message_arrives(
     await until(lambda: got)
     assert bus.stats.handler_errors == 1
     assert "no good" in caplog.text
+
+
+async def test_nonsense_is_counted_one_by_one_and_logged_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    bus = await world.connect()
+    got: list[str] = []
+
+    def handler(message: Message) -> None:
+        got.append(bus_pb2.WorkerLost.FromString(message.data).worker)
+
+    await bus.subscribe("s", handler)
+    for _ in range(100):
+        bus.publish("s", b"\xff\xff\xff")
+    bus.publish("s", bus_pb2.WorkerLost(worker="w").SerializeToString())
+    await until(lambda: got)
+    assert (bus.stats.malformed, bus.stats.handler_errors) == (100, 0)
+    assert caplog.text.count("malformed message to s, 3 bytes") == 1
+    assert caplog.text.count("Traceback") == 1
 
 
 async def test_what_is_published_during_an_outage_arrives_after_it_in_order(world: World) -> None:

@@ -8,9 +8,19 @@ blocks: it is buffered, and the buffer's bound is an error.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+from google.protobuf.message import DecodeError
+
+from tandem.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+#: Between two lines about failures of one subscription's handler.
+QUIET_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +37,46 @@ Handler = Callable[[Message], None]
 
 @dataclass(slots=True)
 class BusStats:
-    """What went wrong so far; for the metrics. Nothing is dropped on the receiving side without ``handler_errors``."""
+    """What went wrong so far; for the metrics. Nothing is dropped on the receiving side without being counted in
+    ``malformed`` or ``handler_errors``."""
 
     reconnects: int = 0
     #: Publishes refused because the outgoing buffer was full.
     refused_publishes: int = 0
-    #: Handlers that raised; each is in the log with its trace.
+    #: Messages that are not what their subject is for.
+    malformed: int = 0
+    #: Handlers that raised for any other reason: defects.
     handler_errors: int = 0
     #: Complaints of the server, permissions among them; each is in the log.
     server_errors: int = 0
+
+
+class FailureLog:
+    """Counts what a subscription's handler raises, and logs the first with its trace; from then on one line a minute
+    says how many more there were: whoever can publish can send nonsense, and must not fill the log with it."""
+
+    def __init__(self, stats: BusStats, now: Callable[[], float]) -> None:
+        self._stats = stats
+        self._now = now
+        self._logged_at = -QUIET_S
+        self._unsaid = 0
+
+    def failed(self, handler: str, message: Message, error: Exception) -> None:
+        """To be called where ``error`` is being handled. ``handler``: the subject that it subscribes to."""
+        malformed = isinstance(error, DecodeError | ValueError | InvalidRequest)
+        if malformed:
+            self._stats.malformed += 1
+        else:
+            self._stats.handler_errors += 1
+        now = self._now()
+        if now - self._logged_at < QUIET_S:
+            self._unsaid += 1
+            return
+        more = f" ({self._unsaid} more since the last such line)" if self._unsaid else ""
+        what = "malformed message to" if malformed else "handler failed on a message to"
+        log.error("%s %s, %d bytes%s; handler of %s", what, message.subject, len(message.data), more, handler,
+                  exc_info=error)  # fmt: skip
+        self._logged_at, self._unsaid = now, 0
 
 
 class Subscription(Protocol):

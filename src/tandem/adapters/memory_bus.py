@@ -7,17 +7,14 @@ server that went away, ``hub.start()`` its return.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 
-from tandem.adapters.bus import BusStats, Handler, Message
+from tandem.adapters.bus import BusStats, FailureLog, Handler, Message
 from tandem.adapters.clock import monotonic
 from tandem.errors import BusUnavailable, NoWorkers, PayloadTooLarge, RequestTimeout
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +23,7 @@ class _Subscription:
     subject: str
     queue: str
     handler: Handler
+    failures: FailureLog
 
     async def unsubscribe(self) -> None:
         with suppress(ValueError):
@@ -120,14 +118,15 @@ class MemoryBus:
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> _Subscription:
         _check_subject(subject)
-        subscription = _Subscription(self, subject, queue, handler)
+        subscription = _Subscription(self, subject, queue, handler, FailureLog(self.stats, monotonic))
         await self.flush(timeout_s=5.0)
         self.hub.subscriptions.append(subscription)
         return subscription
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> bytes:
         if not any(s.bus is self and s.subject == f"{self._inbox}.*" for s in self.hub.subscriptions):
-            self.hub.subscriptions.append(_Subscription(self, f"{self._inbox}.*", "", self._on_reply))
+            failures = FailureLog(self.stats, monotonic)
+            self.hub.subscriptions.append(_Subscription(self, f"{self._inbox}.*", "", self._on_reply, failures))
         token = str(next(self._tokens))
         answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._requests[token] = answer
@@ -179,9 +178,8 @@ class MemoryBus:
     def _deliver(self, subscription: _Subscription, message: Message) -> None:
         try:
             subscription.handler(message)
-        except Exception:  # as in nats_bus: logged and counted
-            self.stats.handler_errors += 1
-            logger.exception("handler of %s failed on a message to %s", subscription.subject, message.subject)
+        except Exception as error:  # as in nats_bus: logged and counted
+            subscription.failures.failed(subscription.subject, message, error)
 
     def _on_reply(self, message: Message) -> None:
         waiter = self._requests.get(message.subject.rpartition(".")[2])
