@@ -27,6 +27,7 @@ from tandem.adapters.grpc_errors import STATUS
 from tandem.cli.chat import ChatSettings
 from tandem.cli.up import UpSettings
 from tandem.core.policy import Policy
+from tandem.telemetry import spans
 from tandem.worker.settings import WorkerSettings
 
 HERE = Path(__file__).parent
@@ -172,11 +173,73 @@ def _settings_table(fields: Iterable[dataclasses.Field[Any]]) -> list[str]:
     for field in fields:
         required = field.default is dataclasses.MISSING
         default = "required" if required else "empty" if field.default == "" else code(field.default)
-        rows.append((code(settings.PREFIX + field.name.upper()), default, field.metadata["doc"]))
+        rows.append((code(settings.variable_of(field)), default, field.metadata["doc"]))
     return table(("variable", "default", "meaning"), rows)
 
 
-PAGES = {"deployment-file.md": deployment_page, "errors.md": errors_page, "settings.md": settings_page}
+# -- tracing -----------------------------------------------------------------------------------------------------------
+
+TRACING_INTRO = """# Tracing
+
+One trace per request, over OTLP. `OTEL_EXPORTER_OTLP_ENDPOINT` (and its relatives) names the collector,
+`OTEL_EXPORTER_OTLP_PROTOCOL` says `grpc` (default) or `http/protobuf`; [settings.md](settings.md) has every option.
+Without a collector and without a console nothing is traced and nothing of OpenTelemetry is imported.
+
+**Whose trace.** A client's `traceparent` (HTTP header, gRPC metadata) is honoured: its trace goes on, and its decision
+whether it is sampled stands. Without one the frontend begins a trace and decides: `TANDEM_TRACE_RATIO` of the
+requests, and up to `TANDEM_TRACE_PER_S` a second whatever the share. `tandem up` traces 50 a second, so that at low
+load every request can be looked at and at high load tracing stays a matter of a few per cent.
+
+**After the fact.** A request that nobody sampled and that failed, or whose first token was late
+(`TANDEM_TRACE_SLOW_S`, or its own target), is traced all the same, `TANDEM_TRACE_LATE_PER_S` at most: the frontend
+makes the spans of the router and the workers from what it saw itself and from the durations in the finish frame.
+Such spans say `tandem.reconstructed`. A request that is refused before it is one (400, 401) has no trace.
+
+**Clocks.** Every span lies within one process, so its length is right. Between hosts, spans of one trace are as far
+out of place as the hosts' clocks are apart: run NTP or chrony.
+
+**What is not there.** Text of prompts and answers, tokens, API keys, headers.
+
+Resource attributes: `service.name` (`tandem-frontend`, `tandem-router`, `tandem-prefill`, `tandem-decode`),
+`service.namespace` (`tandem`), `service.instance.id` (the process's name in the cluster), `service.version`,
+`host.name`, `process.pid`, `tandem.cluster`; workers: `tandem.model`, `tandem.pool`. `OTEL_SERVICE_NAME` and
+`OTEL_RESOURCE_ATTRIBUTES` go before. The scope of the spans is `tandem`."""
+
+
+def tracing_page() -> list[str]:
+    lines = [TRACING_INTRO, "", "## Spans", ""]
+    lines += table(
+        ("span", "made by", "parent", "meaning"), [(code(s.name), s.process, s.parent, s.meaning) for s in spans.SPANS]
+    )
+    for span in spans.SPANS:
+        if not span.allowed:
+            continue
+        lines += ["", f"### `{span.name}`", ""]
+        rows = [
+            (code(name), spans.ATTRIBUTES[name].kind, "always" if name in span.always else "", _meaning(name))
+            for name in (*span.always, *span.attributes)
+        ]
+        lines += table(("attribute", "type", "", "meaning"), rows)
+        if span.events:
+            lines += ["", "Events:", ""]
+            lines += table(
+                ("event", "meaning", "attributes"),
+                [(code(e.name), e.meaning, ", ".join(map(code, e.attributes))) for e in span.events],
+            )
+    lines += ["", "## What a request waits for", "", f"Values of `{spans.QUEUE_REASON}`:", ""]
+    return lines + table(("value", "meaning"), [(code(k), v) for k, v in spans.QUEUE_REASONS.items()])
+
+
+def _meaning(attribute: str) -> str:
+    return spans.ATTRIBUTES[attribute].meaning
+
+
+PAGES = {
+    "deployment-file.md": deployment_page,
+    "errors.md": errors_page,
+    "settings.md": settings_page,
+    "tracing.md": tracing_page,
+}
 
 
 def main() -> int:

@@ -14,6 +14,11 @@ def unix_milliseconds() -> int:
     return int(time.time() * 1000)
 
 
+def unix_nanoseconds() -> int:
+    """Wall clock; what a trace says to the world."""
+    return time.time_ns()
+
+
 def new_incarnation() -> int:
     """Random, non-zero, 63 bits: tells one start of a process from another."""
     return secrets.randbits(62) + 1

@@ -6,6 +6,9 @@ no field of the service declares is an error, and names its nearest match: a mis
 
 ``TANDEM_NATS_URL_FILE`` names a file that holds the value of ``TANDEM_NATS_URL``, and so for every option: a password
 need not be in the environment.
+
+What a standard names otherwise keeps its name (``variable``): OpenTelemetry's ``OTEL_*``. Those may be for others too,
+so an unknown one is no error, and an empty one is as good as none.
 """
 
 from __future__ import annotations
@@ -25,15 +28,46 @@ FILE_SUFFIX = "_FILE"
 T = TypeVar("T")
 
 
-def option(default: Any = dataclasses.MISSING, *, doc: str) -> Any:
+def option(default: Any = dataclasses.MISSING, *, doc: str, variable: str = "") -> Any:
     """A field of a settings class. Without ``default`` the variable must be set."""
+    metadata = {"doc": doc, "variable": variable}
     if default is dataclasses.MISSING:
-        return dataclasses.field(metadata={"doc": doc})
-    return dataclasses.field(default=default, metadata={"doc": doc})
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def variable_of(field: dataclasses.Field[Any]) -> str:
+    return str(field.metadata["variable"]) or PREFIX + field.name.upper()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CommonSettings:
+class TracingSettings:
+    """Which requests are traced, and where traces go. The exporter itself reads the rest of OTEL_* (headers,
+    certificates, timeouts, compression, OTEL_BSP_*, OTEL_RESOURCE_ATTRIBUTES)."""
+
+    trace_ratio: float = option(0.01, doc="Share of requests that are traced; a client's own decision stands.")
+    trace_per_s: float = option(0.0, doc="Requests a second that are traced whatever the share.")
+    trace_slow_s: float = option(
+        5.0, doc="A first token later than this (or than the request's own target) has it traced after the fact."
+    )
+    trace_late_per_s: float = option(10.0, doc="Traces a second after the fact, of requests that failed or were slow.")
+    trace_console: str = option("", doc="host:port of a console's OTLP/gRPC receiver: it gets every trace, too.")
+    otel_sdk_disabled: bool = option(False, variable="OTEL_SDK_DISABLED", doc="true: no traces at all.")
+    otel_traces_exporter: str = option("", variable="OTEL_TRACES_EXPORTER", doc="otlp, or none.")
+    otel_endpoint: str = option(
+        "", variable="OTEL_EXPORTER_OTLP_ENDPOINT", doc="The collector; without it traces go to the console alone."
+    )
+    otel_traces_endpoint: str = option("", variable="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", doc="The same, for traces.")
+    otel_protocol: str = option("grpc", variable="OTEL_EXPORTER_OTLP_PROTOCOL", doc="grpc or http/protobuf.")
+    otel_traces_protocol: str = option("", variable="OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", doc="The same, for traces.")
+    otel_traces_sampler: str = option(
+        "", variable="OTEL_TRACES_SAMPLER", doc="One of OpenTelemetry's six samplers, instead of TANDEM_TRACE_RATIO."
+    )
+    otel_traces_sampler_arg: str = option("", variable="OTEL_TRACES_SAMPLER_ARG", doc="Its ratio; 1.0 when empty.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommonSettings(TracingSettings):
     """What every service has."""
 
     deployment: str = option(doc="Path of the deployment file.")
@@ -51,7 +85,7 @@ class CommonSettings:
 def load(cls: type[T], environ: Mapping[str, str] | None = None) -> T:
     """``cls`` filled from the environment. ConfigError for a missing, malformed or unknown variable."""
     hints = get_type_hints(cls)
-    fields = {PREFIX + f.name.upper(): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {variable_of(f): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     env = _with_files(os.environ if environ is None else environ, fields)
     for name in env:
         if name.startswith(PREFIX) and name not in fields:
@@ -60,7 +94,7 @@ def load(cls: type[T], environ: Mapping[str, str] | None = None) -> T:
             raise ConfigError(f"unknown setting {name}{hint}", param=name)
     values: dict[str, Any] = {}
     for name, f in fields.items():
-        if name in env:
+        if name in env and (env[name] or name.startswith(PREFIX)):
             values[f.name] = _parse(name, env[name], hints[f.name])
         elif f.default is dataclasses.MISSING:
             raise ConfigError(f"{name} must be set: {f.metadata['doc']}", param=name)

@@ -1,0 +1,1 @@
+"""What a running Tandem says about itself: traces and metrics."""
