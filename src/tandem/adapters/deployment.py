@@ -44,6 +44,11 @@ class Pool(_Part):
         default_factory=dict,
         description="for the engine: vLLM's AsyncEngineArgs, or the simulated engine's options",
     )
+    profile: str = Field(
+        "",
+        description="timing profile that the router starts from (and the simulated engine runs by): a built-in one's "
+        "name, or a .json file of `tandem profile`; the engine's own choice when empty",
+    )
     env: dict[str, str] = Field(default_factory=dict, description="extra environment of the worker processes")
 
     @property
@@ -69,6 +74,11 @@ class Model(_Part):
     dtype: str = Field("auto", description="of weights and KV: bfloat16, float16, float32 or auto")
     kv_lease_s: Annotated[float, Field(gt=2, le=600)] = Field(
         30.0, description="how long a prefill worker holds KV that nobody pulls, seconds"
+    )
+    tokenizer: Literal["auto", "hf"] = Field(
+        "auto",
+        description="what encodes prompts: tokie where it proves at start that its tokens are the same, else and with "
+        "hf Hugging Face's tokenizers",
     )
     chat_template: str = Field("", description="path of a Jinja chat template; the model folder's own when empty")
     tool_parser: Literal["", "hermes", "llama3", "mistral", "harmony"] = Field(

@@ -8,6 +8,7 @@ from pathlib import Path
 from tandem.adapters import deployment as deployment_file
 from tandem.adapters.deployment import Deployment, Endpoint, Model, Pool, PoolRole
 from tandem.errors import ConfigError
+from tandem.wire import profile_file
 
 #: A model that Tandem brings itself (tandem.models.prepare).
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -58,13 +59,21 @@ def overridden(base: Deployment, by: Overrides) -> Deployment:
 
 
 def with_paths(base: Deployment, paths: dict[str, Path], folder: Path) -> Deployment:
-    """Model folders as found (by model name), chat templates relative to the deployment file's ``folder``."""
+    """Model folders as found (by model name); chat templates, timing profiles and the folder of recordings relative to
+    the deployment file's ``folder``."""
 
     def placed(model: Model) -> Model:
         template = str(folder / Path(model.chat_template).expanduser()) if model.chat_template else ""
-        return model.model_copy(update={"path": str(paths[model.name]), "chat_template": template})
+        pools = tuple(pool.model_copy(update={"profile": beside(pool.profile)}) for pool in model.pools)
+        update = {"path": str(paths[model.name]), "chat_template": template, "pools": pools}
+        return model.model_copy(update=update)
 
-    return base.model_copy(update={"models": tuple(placed(model) for model in base.models)})
+    def beside(profile: str) -> str:
+        return str(folder / Path(profile).expanduser()) if profile_file.is_file(profile) else profile
+
+    recorded = base.record.folder
+    record = base.record.model_copy(update={"folder": str(folder / Path(recorded).expanduser()) if recorded else ""})
+    return base.model_copy(update={"models": tuple(placed(model) for model in base.models), "record": record})
 
 
 def _resized(models: tuple[Model, ...], role: PoolRole, replicas: int) -> tuple[Model, ...]:

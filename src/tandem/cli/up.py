@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.adapters import deployment as deployment_file
-from tandem.adapters import settings
+from tandem.adapters import settings, timing
 from tandem.adapters.clock import monotonic
 from tandem.adapters.deployment import Deployment
 from tandem.cli import deployments, preflight
@@ -80,6 +80,7 @@ async def _run(deployment: Deployment, folder: Path, sources: Sources) -> int:
         preflight.check_engines(deployment)
         paths = preflight.find_models(deployment, folder, lambda line: print(line, flush=True))
         deployment = deployments.with_paths(deployment, paths, folder)
+        timing.known(deployment)
         stop = asyncio.Event()
         terminal = Terminal(on_gone=stop.set)
         cluster = LocalCluster(deployment, run_dir, sources, on_line=terminal.line, on_note=terminal.note)

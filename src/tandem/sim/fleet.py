@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 
 from tandem.core.profiles import PROFILES, Profile
 from tandem.core.types import Role
 from tandem.errors import ConfigError
+from tandem.wire import profile_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Hardware:
     link_bytes_per_s: float = 50e9
     max_num_seqs: int = 256
     max_model_len: int = 131_072
+    chunk_tokens: int = 0  # of its steps, whatever its role; 0 = by role
 
 
 def _hardware(profile: str, gpus: int, memory_gb: float, weights_gb: float, kv_bytes_per_token: int) -> Hardware:
@@ -103,9 +106,11 @@ def make_fleet(
         if kv_tokens:
             kind = replace(kind, kv_tokens=kv_tokens)
         for _ in range(int(match[1] or 0)):
-            prefill.append(WorkerSetup(f"p{len(prefill)}", kind, Role.PREFILL, PREFILL_CHUNK, misfit))
+            prefill.append(
+                WorkerSetup(f"p{len(prefill)}", kind, Role.PREFILL, kind.chunk_tokens or PREFILL_CHUNK, misfit)
+            )
         for _ in range(int(match[2])):
-            decode.append(WorkerSetup(f"d{len(decode)}", kind, Role.DECODE, chunk_tokens, misfit))
+            decode.append(WorkerSetup(f"d{len(decode)}", kind, Role.DECODE, kind.chunk_tokens or chunk_tokens, misfit))
     if not decode:
         raise ConfigError("a fleet needs a worker that decodes", param="fleet")
     fleet = Fleet((*prefill, *decode))
@@ -115,6 +120,25 @@ def make_fleet(
 
 
 def _hardware_named(name: str) -> Hardware:
+    if profile_file.is_file(name):
+        return _measured(profile_file.load(Path(name)))
     if name not in HARDWARE:
-        raise ConfigError(f"no hardware {name!r}; there is {', '.join(HARDWARE)}", param="hardware")
+        raise ConfigError(
+            f"no hardware {name!r}; there is {', '.join(HARDWARE)}, and .json files that `tandem profile` writes",
+            param="hardware",
+        )
     return HARDWARE[name]
+
+
+def _measured(content: profile_file.ProfileFile) -> Hardware:
+    kind = content.worker
+    return Hardware(
+        content.profile,
+        kv_tokens=kind.kv_blocks * kind.block_size,
+        kv_bytes_per_token=kind.kv_bytes_per_token,
+        gpus=kind.gpus,
+        link_bytes_per_s=kind.link_bytes_per_s,
+        max_num_seqs=kind.max_num_seqs,
+        max_model_len=kind.max_model_len,
+        chunk_tokens=kind.max_batched_tokens,
+    )

@@ -118,7 +118,11 @@ class CoreRouter:
                 request_class, ttft_slo_s=slo.ttft_s, ttft_slo_per_token_s=slo.ttft_per_token_s, tpot_slo_s=slo.tpot_s
             )
         self.scheduler = Scheduler(
-            policy or Policy(), classes={"default": request_class}, tenants={}, rng=random.Random(seed)
+            policy or Policy(),
+            classes={"default": request_class},
+            tenants={},
+            rng=random.Random(seed),
+            profiles={worker.setup.hardware.profile.name: worker.setup.hardware.profile for worker in workers},
         )
         self._lookup = lookup
         self._max_osl_tokens = max_osl_tokens
