@@ -11,19 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from services.router.config import RouterSettings
+from services.router.metrics import RouterMetrics
 from services.router.model_router import ModelRouter, Ports
 from services.router.recording import RecordingScheduler, recording_for
 from services.router.service import RouterControl
-from tandem.adapters import clock
+from tandem.adapters import clock, timing
 from tandem.adapters.addresses import own_address
 from tandem.adapters.deployment import Deployment, Model, read
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
+from tandem.adapters.process_metrics import instruments_of, label_domains, metrics_endpoint
 from tandem.adapters.redis_store import RedisCounters, RedisLeases, RedisPrefixIndex, RedisRegistry, connect
 from tandem.core.policy import RequestClass, Tenant, policy_from
-from tandem.core.profiles import PROFILES
 from tandem.core.scheduler import Scheduler
 from tandem.errors import ConfigError
+from tandem.telemetry.instruments import Instruments
 from tandem.v1 import router_pb2, router_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ async def run(settings: RouterSettings) -> None:
         redis = await connect(settings.redis_url)
         stack.push_async_callback(redis.aclose)
         cluster = deployment.cluster
+        instruments = instruments_of("router", deployment, bus)
         ports = Ports(
             bus,
             RedisRegistry(redis, cluster),
@@ -55,6 +58,7 @@ async def run(settings: RouterSettings) -> None:
                 liveness=deployment.liveness,
                 scheduler=stack.enter_context(_scheduler(settings, deployment, model, router)),
                 ports=ports,
+                metrics=RouterMetrics(instruments, model.name, [c.name for c in deployment.classes]),
                 now=clock.monotonic,
             )
             for model in deployment.models
@@ -64,17 +68,18 @@ async def run(settings: RouterSettings) -> None:
         router_pb2_grpc.add_RouterServiceServicer_to_server(control, server.server)
         await server.start(router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name)
         stack.push_async_callback(server.stop)
+        await stack.enter_async_context(metrics_endpoint(settings, instruments))
         log.info("%s serves RouterService on port %d", router, server.port)
-        await _until_terminated(routers, settings.deployment)
+        await _until_terminated(routers, settings.deployment, instruments)
 
 
-async def _until_terminated(routers: dict[str, ModelRouter], deployment_file: str) -> None:
+async def _until_terminated(routers: dict[str, ModelRouter], deployment_file: str, instruments: Instruments) -> None:
     """A crash in any model's loops ends the process. SIGHUP reads the policy anew."""
     leave = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, leave.set)
-    loop.add_signal_handler(signal.SIGHUP, _reload, routers, deployment_file)
+    loop.add_signal_handler(signal.SIGHUP, _reload, routers, deployment_file, instruments)
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(router.run()) for router in routers.values()]
         await leave.wait()
@@ -82,7 +87,7 @@ async def _until_terminated(routers: dict[str, ModelRouter], deployment_file: st
             task.cancel()
 
 
-def _reload(routers: dict[str, ModelRouter], deployment_file: str) -> None:
+def _reload(routers: dict[str, ModelRouter], deployment_file: str, instruments: Instruments) -> None:
     """Policy, classes and tenants. A wrong file changes nothing."""
     try:
         deployment = read(deployment_file)
@@ -90,6 +95,7 @@ def _reload(routers: dict[str, ModelRouter], deployment_file: str) -> None:
     except ConfigError as error:
         log.error("deployment file not reloaded: %s", error.message)
         return
+    instruments.allow(label_domains(deployment))
     for router in routers.values():
         router.reconfigure(policy, _classes(deployment), _tenants(deployment))
     log.info("reloaded: %s", policy)
@@ -108,9 +114,10 @@ def _scheduler(settings: RouterSettings, deployment: Deployment, model: Model, r
     # Ties between equal plans only: any seed does.
     seed = clock.new_incarnation()
     policy, classes, tenants = policy_from(deployment.policy), _classes(deployment), _tenants(deployment)
+    profiles = timing.known(deployment)
     folder = settings.record or deployment.record.folder
     if not folder:
-        yield Scheduler(policy, classes=classes, tenants=tenants, rng=random.Random(seed), profiles=PROFILES)
+        yield Scheduler(policy, classes=classes, tenants=tenants, rng=random.Random(seed), profiles=profiles)
         return
     recording = recording_for(
         Path(folder).expanduser(), model.name, router, clock.unix_milliseconds(), deployment.record.max_mb << 20
@@ -122,7 +129,7 @@ def _scheduler(settings: RouterSettings, deployment: Deployment, model: Model, r
             classes=classes,
             tenants=tenants,
             seed=seed,
-            profiles=PROFILES,
+            profiles=profiles,
             recording=recording,
             model=model.name,
             router=router,

@@ -19,6 +19,7 @@ from services.router.config import RouterSettings
 from services.router.fences import Fences
 from services.router.fleet import Fleet, FleetListener, Loss
 from services.router.leadership import Leadership
+from services.router.metrics import RouterMetrics
 from tandem.adapters.bus import Bus, Message
 from tandem.adapters.deployment import Liveness
 from tandem.adapters.grpc_server import open_channel
@@ -77,6 +78,7 @@ class ModelRouter:
         liveness: Liveness,
         scheduler: Scheduler,
         ports: Ports,
+        metrics: RouterMetrics,
         now: Callable[[], float],
     ) -> None:
         self._settings = settings
@@ -87,6 +89,7 @@ class ModelRouter:
         self._bus = ports.bus
         self._index = ports.index
         self._counters = ports.counters
+        self._metrics = metrics
         self._now = now
         self._submitted: dict[RequestKey, _Submitted] = {}
         #: Of these, those about which the index is being asked: the scheduler does not know them yet.
@@ -94,7 +97,8 @@ class ModelRouter:
         self._fences = Fences()
         self._tasks: asyncio.TaskGroup | None = None
         self._wakeup: asyncio.TimerHandle | None = None
-        self._index_away = False
+        #: The index does not answer: load alone decides.
+        self.index_away = False
         self.fleet = Fleet(
             bus=ports.bus,
             registry=ports.registry,
@@ -115,6 +119,7 @@ class ModelRouter:
             elected=self._elected,
             deposed=self._deposed,
         )
+        metrics.watch(self, now)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -187,11 +192,11 @@ class ModelRouter:
         try:
             depths = await self._index.lookup(self.model, hashes)
         except StoreUnavailable as error:
-            if not self._index_away:
+            if not self.index_away:
                 log.warning("routing by load alone: %s", error)
-            self._index_away = True
+            self.index_away = True
             return {}
-        self._index_away = False
+        self.index_away = False
         slots = {m.spec.slot: m.spec for m in self.fleet.members.values()}
         return {
             slots[slot].id: depth * slots[slot].block_size for slot, depth in depths.items() if depth and slot in slots
@@ -263,6 +268,8 @@ class ModelRouter:
         self._poll()
 
     def _worker_lost(self, loss: Loss) -> None:
+        if loss.why != "left":
+            self._metrics.worker_lost()
         for key in self.scheduler.worker_down(loss.worker, loss.incarnation, self._now()):
             self._refuse(key, WorkerLostError(f"worker {loss.worker} is gone: {loss.why}"))
         if self.leadership.epoch:
@@ -380,6 +387,7 @@ class ModelRouter:
         if not self._publish(subjects.work(self._cluster, first), data, reply):
             self._fail(key, WorkerLostError(f"assignment to {first} could not be sent"))
         submitted.raw = b""
+        self._metrics.placed(effect, self._now())
 
     @property
     def _bounce_name(self) -> str:
@@ -402,6 +410,7 @@ class ModelRouter:
         self._refuse(key, error)
 
     def _reject(self, frontend: str, rid: int, error: TandemError) -> None:
+        self._metrics.refused(error)
         frame = bus_pb2.TokenFrame(
             worker=types_pb2.WorkerRef(id=self._router),
             rejects=[bus_pb2.Reject(rid=rid, error=codec.error_to_wire(error))],

@@ -149,3 +149,11 @@ class Ledger:
 
     def oldest_arrival(self) -> float | None:
         return min(self._queued.values(), default=None)
+
+    def oldest_arrivals(self) -> dict[str, float]:
+        """By request class; of those only in which somebody waits."""
+        oldest: dict[str, float] = {}
+        for key, arrival in self._queued.items():
+            name = self._jobs[key].entry.request_class.name
+            oldest[name] = min(arrival, oldest.get(name, arrival))
+        return oldest

@@ -571,6 +571,7 @@ class Scheduler:
             queue_by_class=self._queue.depth_by_class(),
             queue_by_tenant=self._queue.depth_by_tenant(),
             oldest_wait_s=max(0.0, now - oldest) if oldest is not None else 0.0,
+            oldest_wait_by_class={name: max(0.0, now - at) for name, at in self._ledger.oldest_arrivals().items()},
             in_flight=len(self._ledger) - self._ledger.num_queued(),
         )
 

@@ -40,6 +40,7 @@ class Snapshot:
     queue_by_class: Mapping[str, Depth]
     queue_by_tenant: Mapping[str, Depth]
     oldest_wait_s: float
+    oldest_wait_by_class: Mapping[str, float]
     in_flight: int
 
 

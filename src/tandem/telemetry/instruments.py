@@ -61,10 +61,15 @@ class Instruments:
 
     def __init__(self, service: str, domains: Mapping[str, Collection[str]]) -> None:
         self._service = service
-        self._domains = domains
+        self._domains = dict(domains)
         self._counters: dict[Metric, dict[Labels, Counter]] = {}
         self._histograms: dict[Metric, dict[Labels, Histogram]] = {}
         self._watched: dict[Metric, list[Callable[[], Reading]]] = {}
+
+    def allow(self, domains: Mapping[str, Collection[str]]) -> None:
+        """The deployment file has changed. What has been counted stays."""
+        for label, values in domains.items():
+            self._domains[label] = {*self._domains[label], *values}
 
     def counter(self, metric: Metric, *labels: str) -> Counter:
         """The cell of these label values."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from services.router.config import RouterSettings
+from services.router.metrics import RouterMetrics
 from services.router.model_router import ModelRouter, Ports
 from tandem.adapters import clock
 from tandem.adapters.bus import Message
@@ -22,6 +23,7 @@ from tandem.adapters.memory_store import MemoryCounters, MemoryLeases, MemoryPre
 from tandem.core.policy import Policy, RequestClass
 from tandem.core.scheduler import Scheduler
 from tandem.core.types import RequestKey, Role, SamplingParams, WorkerAddress, WorkerSpec
+from tandem.telemetry.instruments import Instruments
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import codec, subjects
 
@@ -65,6 +67,7 @@ class World:
             liveness=Liveness(),
             scheduler=Scheduler(Policy(), classes={"": RequestClass(name="")}, tenants={}, rng=random.Random(0)),
             ports=ports,
+            metrics=RouterMetrics(Instruments("router", {"model": {"m"}, "tenant": {"t"}, "class": {""}}), "m", [""]),
             now=clock.monotonic,
         )
 
