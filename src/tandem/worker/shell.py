@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -19,7 +20,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.adapters import clock
+from tandem.adapters import clock, timing
+from tandem.adapters.addresses import is_wildcard, own_address
 from tandem.adapters.bus import Bus, Message, Subscription
 from tandem.adapters.deployment import Model, Pool, PoolRole, read
 from tandem.adapters.grpc_server import GrpcServer
@@ -49,6 +51,7 @@ BUS_GRACE_S = 3.0
 
 async def run(settings: WorkerSettings, role: Role) -> None:
     """Runs until SIGTERM and the drain that follows it, or until the engine dies (EngineFailed)."""
+    settings = _placed(settings)
     deployment = read(settings.deployment)
     model = deployment.model(settings.model)
     pool = _pool(model, settings.pool or role.value)
@@ -290,6 +293,14 @@ async def joined_worker(
         await grpc_server.stop()
 
 
+def _placed(settings: WorkerSettings) -> WorkerSettings:
+    """With names of interfaces resolved. ConfigError where other processes could not reach this one."""
+    host = own_address(settings.grpc_host)
+    if is_wildcard(host) and not settings.advertise_host:
+        raise ConfigError(f"others cannot be told to reach {host}: set TANDEM_ADVERTISE_HOST, or name an interface")
+    return dataclasses.replace(settings, grpc_host=host, kv_host=own_address(settings.kv_host))
+
+
 def _pool(model: Model, name: str) -> Pool:
     for pool in model.pools:
         if pool.pool_name == name:
@@ -312,11 +323,22 @@ def _engine_config(settings: WorkerSettings, model: Model, pool: Pool, worker_id
         kv_lease_s=model.kv_lease_s,
         kv_host=settings.kv_host,
         kv_port=settings.kv_port,
-        args=dict(pool.engine_args),
+        embeds=model.task == "embed",
+        args=_engine_args(pool),
     )
 
 
+def _engine_args(pool: Pool) -> dict[str, object]:
+    """The simulated engine runs by the pool's timing profile, unless its own options say otherwise."""
+    profile = timing.of_pool(pool) if pool.engine == "sim" else None
+    if profile is None:
+        return dict(pool.engine_args)
+    terms = {name: getattr(profile, name) for name in ("p0", "p1", "p2", "p3", "d0", "d1", "d2")}
+    return {"profile": "generic", "terms": terms, **pool.engine_args}
+
+
 def _spec(address: WorkerAddress, model: Model, pool: Pool, role: Role, info: EngineInfo) -> WorkerSpec:
+    profile = timing.of_pool(pool)
     return WorkerSpec(
         address=address,
         model=model.name,
@@ -332,7 +354,7 @@ def _spec(address: WorkerAddress, model: Model, pool: Pool, role: Role, info: En
         kv_bytes_per_token=info.kv_bytes_per_token,
         max_batched_tokens=info.max_batched_tokens,
         max_num_seqs=info.max_num_seqs,
-        perf_profile=info.perf_profile,
+        perf_profile=profile.name if profile is not None else info.perf_profile,
         kv_endpoint=info.kv_endpoint,
         link_bytes_per_s=info.link_bytes_per_s,
         pool=pool.pool_name,
