@@ -56,6 +56,12 @@ docs: setup-dev  ## generate the reference pages in docs/
 bench-sim: setup-dev  ## simulated goodput of ours against static fleets; QUICK=1, TRACES="FILE ..."
 	@$(PY) bench/bench_sim.py $(if $(QUICK),--quick) $(addprefix --trace ,$(TRACES)) $(ARGS)
 
+bench-serve: setup-dev  ## cost of serving, beside a peer whose KIT=FOLDER is given; QUICK=1
+	@$(PY) -m bench.serve $(if $(KIT),--kit $(KIT)) $(if $(QUICK),--quick) $(ARGS)
+
+tokenizer-fuzz: setup-dev  ## the fast tokeniser against Hugging Face's on COUNT random texts
+	@TOKENIZER_TEXTS=$(COUNT) TOKENIZER_SEED=$(SEED) $(PY) -m pytest tests/unit/frontend/test_fast_tokenizer.py -k random
+
 format: setup-dev  ## format the code
 	@$(PY) -m ruff check --fix --quiet .
 	@$(PY) -m ruff format --quiet .

@@ -1,5 +1,6 @@
 """Text to token ids and back for one model, from the files in its folder. No transformers, no torch.
 
+Encoding is tokie's where that proves itself at load, else Hugging Face's ``tokenizers`` (fast_tokenizer.py).
 Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM and most others) decodes through a table from token id to bytes; anything
 else through the tokenizer itself. Which of the two is checked when the model is loaded, not believed.
 """
@@ -14,15 +15,18 @@ from typing import Any
 
 from tokenizers import Tokenizer as HfTokenizer
 
+from services.frontend import fast_tokenizer
 from tandem.errors import ConfigError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """ConfigError if ``folder`` holds no usable tokenizer."""
+    """ConfigError if ``folder`` holds no usable tokenizer.
 
-    def __init__(self, folder: Path) -> None:
+    ``fast`` False: nothing but ``tokenizers``. ``model``: its name, for the log."""
+
+    def __init__(self, folder: Path, *, fast: bool = True, model: str = "") -> None:
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{path} is missing: not a model folder in Hugging Face's layout?")
@@ -43,11 +47,33 @@ class Tokenizer:
         #: id -> the bytes it stands for; None when this tokenizer is not byte-level.
         self.byte_table = _byte_table(self._hf)
         self._longest_token = self._longest()
+        added = [token.content for token in self._hf.get_added_tokens_decoder().values()]
+        proven = fast_tokenizer.proven(path, self._truth, added, model or folder.name) if fast else None
+        #: What encodes: "tokie" or "tokenizers"; and whether that is not what was wanted.
+        self.backend = "tokenizers" if proven is None else "tokie"
+        self.fell_back = fast and proven is None
+        self._encode = proven or self._truth
+        #: Characters up to which a text is encoded on the event loop.
+        self.inline_chars = fast_tokenizer.inline_chars(self._encode)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self._encode(text, add_special_tokens)
+
+    def _truth(self, text: str, add_special_tokens: bool) -> list[int]:
         # The fast form leaves out the offsets, which nobody here needs.
-        ids: list[int] = self._hf.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        try:
+            ids: list[int] = self._hf.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except TypeError:
+            text.encode()  # the UnicodeEncodeError that it means
+            raise
         return ids
+
+    def encode_truncated(self, text: str, limit: int) -> list[int]:
+        """With special tokens, ``limit`` tokens at most: what is cut off is text, not those."""
+        encoding = self._hf.encode(text, add_special_tokens=False)
+        encoding.truncate(max(0, limit - self._hf.num_special_tokens_to_add(False)))
+        ids: list[int] = self._hf.post_process(encoding).ids
+        return ids[:limit]
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that ``text`` has at least, without tokenising it; 0 = nothing is known."""
