@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from services.console.config import ConsoleSettings
 from services.frontend.config import FrontendSettings
 from services.frontend.http_errors import HTTP_STATUS
 from services.router.config import RouterSettings
@@ -58,6 +59,7 @@ PARTS: list[tuple[type[BaseModel], str]] = [
     (deployment.Record, "`record:`"),
     (deployment.Liveness, "`liveness:`"),
     (deployment.Endpoint, "`http:` and `grpc:`"),
+    (deployment.Console, "`console:`"),
 ]
 
 
@@ -143,6 +145,7 @@ def errors_page() -> list[str]:
 SERVICES: list[tuple[str, type[Any]]] = [
     ("`services.frontend`", FrontendSettings),
     ("`services.router`", RouterSettings),
+    ("`services.console`", ConsoleSettings),
     ("`services.prefill` and `services.decode`", WorkerSettings),
 ]
 COMMANDS: list[tuple[str, type[Any]]] = [("`tandem up`", UpSettings), ("`tandem chat`", ChatSettings)]

@@ -24,6 +24,7 @@ sys.meta_path.insert(0, Forbid())
     [
         "services.router.app, services.router.__main__",
         "services.frontend.app, services.frontend.__main__",
+        "services.console.app, services.console.__main__",
         "services.prefill.__main__, services.decode.__main__, tandem.worker.shell, tandem.engine.sim",
         "tandem.cli.main, tandem.cli.up, tandem.cli.chat, tandem.cli.status",
     ],

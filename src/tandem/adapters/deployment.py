@@ -147,6 +147,17 @@ class Endpoint(_Part):
     port: int = Field(0, ge=0, le=65535, description="port of the first frontend")
 
 
+class Console(_Part):
+    """The operators' web page that `tandem up` starts beside the cluster."""
+
+    enabled: bool = Field(True, description="start it")
+    host: str = Field(
+        "127.0.0.1",
+        description="interface to listen on; beyond loopback it needs TANDEM_CONSOLE_TOKEN in the environment",
+    )
+    port: int = Field(0, ge=0, le=65535, description="of the page; 0 = any free one, which `tandem up` prints")
+
+
 class Liveness(_Part):
     """Silence thresholds. On a busy CPU give them room."""
 
@@ -176,6 +187,7 @@ class Deployment(_Part):
     policy: dict[str, Any] = Field(default_factory=dict, description="scheduling knobs, see below")
     limits: Limits = Field(Limits(), description="what one request or client may ask for")
     record: Record = Field(Record(), description="recordings of the routers' decisions")
+    console: Console = Field(Console(), description="the operators' web page")
     liveness: Liveness = Field(Liveness(), description="when a silent worker is suspected, and when it is dead")
 
     @model_validator(mode="after")

@@ -39,6 +39,7 @@ def banner(deployment: Deployment, state: ClusterState, took_s: float) -> str:
         "",
         f"  HTTP   {'  '.join(f'{url}/v1' for url in state.http)}",
         f"  gRPC   {'  '.join(state.grpc)}",
+        *([f"  page   {state.console}   (workers, load, traces, live)"] if state.console else []),
         "",
         f"  curl -N {http}/v1/chat/completions -H 'content-type: application/json' -d '{streamed}'",
         f"  grpcurl -plaintext -d '{greedy}' {grpc} tandem.v1.InferenceService/Chat",

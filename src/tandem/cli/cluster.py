@@ -7,8 +7,8 @@ else of the kind is in the user's environment does not reach them.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from tandem.adapters.settings import PREFIX
 LOOPBACK = "127.0.0.1"
 #: How long frontends let streams finish, and workers requests, when the cluster goes down. Somebody waits for it.
 DRAIN_S = 8.0
+#: Requests a second that each frontend has traced for the console, whatever the share of the rest: somebody who tries
+#: it out sees every request, and a load test costs no more than this.
+TRACES_PER_S = 20
 
 
 class Kind(Enum):
@@ -25,6 +28,7 @@ class Kind(Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     FRONTEND = "frontend"
+    CONSOLE = "console"
 
     @property
     def module(self) -> str:
@@ -62,6 +66,7 @@ class Surroundings:
     log_level: str
     worker_dir: Callable[[str], Path]
     free_port: Callable[[], int]
+    console_token: str = ""
     _base: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,17 +89,24 @@ class Surroundings:
 
 
 def services_of(deployment: Deployment, around: Surroundings) -> list[Service]:
-    """Routers, workers, frontends: in the order in which they are listed, not started."""
-    return [
-        *(_router(n, deployment, around) for n in range(deployment.routers)),
+    """Routers, workers, frontends, console: in the order in which they are listed, not started."""
+    routers = [_router(n, deployment, around) for n in range(deployment.routers)]
+    frontends = [_frontend(n, deployment, around) for n in range(deployment.frontends)]
+    services = [
+        *routers,
         *(
             _worker(model, pool, n, deployment, around)
             for model in deployment.models
             for pool in model.pools
             for n in range(pool.replicas)
         ),
-        *(_frontend(n, deployment, around) for n in range(deployment.frontends)),
+        *frontends,
     ]
+    if not deployment.console.enabled:
+        return services
+    console = _console(deployment, around, routers, frontends)
+    traced = {"TANDEM_TRACE_CONSOLE": console.grpc, "TANDEM_TRACE_PER_S": str(TRACES_PER_S)}
+    return [*(replace(service, env={**traced, **service.env}) for service in services), console]
 
 
 def _router(n: int, deployment: Deployment, around: Surroundings) -> Service:
@@ -142,6 +154,29 @@ def _frontend(n: int, deployment: Deployment, around: Surroundings) -> Service:
     }
     env = around.env(name, grpc.host, grpc.port + n, **own)
     return Service(name, Kind.FRONTEND, env, grpc.host, grpc.port + n, http.host, http.port + n)
+
+
+def _console(
+    deployment: Deployment, around: Surroundings, routers: Sequence[Service], frontends: Sequence[Service]
+) -> Service:
+    name, host = "console", deployment.console.host
+    http_port = deployment.console.port or around.free_port()
+    grpc_port = around.free_port()
+    own = {
+        "TANDEM_HTTP_HOST": host,
+        "TANDEM_HTTP_PORT": str(http_port),
+        "TANDEM_ROUTERS": ",".join(router.grpc for router in routers),
+        "TANDEM_FRONTENDS": ",".join(f"{reachable(f.grpc_host)}:{f.grpc_port}" for f in frontends),
+    }
+    if around.console_token:
+        own["TANDEM_CONSOLE_TOKEN"] = around.console_token
+    env = around.env(name, LOOPBACK, grpc_port, **own)
+    return Service(name, Kind.CONSOLE, env, LOOPBACK, grpc_port, host, http_port)
+
+
+def reachable(host: str) -> str:
+    """An address of this machine at which a server bound to ``host`` answers."""
+    return LOOPBACK if host in ("0.0.0.0", "") else "[::1]" if host == "::" else host
 
 
 def _numbered(name: str, n: int, count: int) -> str:

@@ -24,6 +24,7 @@ class Overrides:
     decode: int | None = None
     http_port: int | None = None
     grpc_port: int | None = None
+    console_port: int | None = None  # 0 = no console
     cluster: str | None = None
 
 
@@ -45,6 +46,8 @@ def overridden(base: Deployment, by: Overrides) -> Deployment:
         update["http"] = Endpoint(host=base.http.host, port=by.http_port)
     if by.grpc_port is not None:
         update["grpc"] = Endpoint(host=base.grpc.host, port=by.grpc_port)
+    if by.console_port is not None:
+        update["console"] = base.console.model_copy(update={"enabled": by.console_port > 0, "port": by.console_port})
     if by.cluster is not None:
         update["cluster"] = by.cluster
     models = base.models

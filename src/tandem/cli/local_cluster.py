@@ -18,7 +18,7 @@ from tandem.adapters.embedded import ServerCommand, free_port, nats_command, red
 from tandem.adapters.processes import run_directly
 from tandem.adapters.readiness import Probe, grpc_serving, http_ok
 from tandem.adapters.supervision import Child, ProcessSpec, RestartPolicy, State, Supervisor
-from tandem.cli.cluster import DRAIN_S, LOOPBACK, Kind, Service, Surroundings, services_of
+from tandem.cli.cluster import DRAIN_S, Kind, Service, Surroundings, reachable, services_of
 from tandem.cli.launch import QUIET_ENGINE, ForkedWorkers
 from tandem.cli.rundir import DEPLOYMENT, ClusterState, ProcessState, RunDir
 
@@ -27,7 +27,13 @@ _SERVICE_START_S = 60.0
 #: A large model is read from disk first.
 _ENGINE_START_S = 600.0
 #: From SIGTERM to SIGKILL: a drain, and time to leave after it.
-_GRACE_S = {Kind.FRONTEND: DRAIN_S + 4, Kind.PREFILL: DRAIN_S + 4, Kind.DECODE: DRAIN_S + 4, Kind.ROUTER: 5.0}
+_GRACE_S = {
+    Kind.FRONTEND: DRAIN_S + 4,
+    Kind.PREFILL: DRAIN_S + 4,
+    Kind.DECODE: DRAIN_S + 4,
+    Kind.ROUTER: 5.0,
+    Kind.CONSOLE: 5.0,
+}
 _SERVER_GRACE_S = 5.0
 #: As nats-server marks it.
 _SERVER_TROUBLE = re.compile(r"\[(WRN|ERR|FTL)\]")
@@ -40,6 +46,7 @@ class Sources:
     nats_url: str
     redis_url: str
     log_level: str
+    console_token: str
     #: The user's environment, without settings of ours.
     env: Mapping[str, str]
 
@@ -77,6 +84,7 @@ class LocalCluster:
             log_level=sources.log_level,
             worker_dir=run_dir.folder,
             free_port=free_port,
+            console_token=sources.console_token,
         )
         self.services = {service.name: service for service in services_of(deployment, self._around)}
         self._supervisor = Supervisor(on_line=self._show, on_news=self._news, policy=policy)
@@ -110,7 +118,7 @@ class LocalCluster:
         stages = [
             self._of(Kind.FRONTEND),
             self._of(Kind.PREFILL, Kind.DECODE),
-            self._of(Kind.ROUTER),
+            self._of(Kind.ROUTER, Kind.CONSOLE),
             [server.name for server in self._servers],
         ]
         await self._supervisor.stop(stages)
@@ -122,6 +130,7 @@ class LocalCluster:
 
     def state(self) -> ClusterState:
         frontends = [s for s in self.services.values() if s.kind is Kind.FRONTEND]
+        consoles = [s for s in self.services.values() if s.kind is Kind.CONSOLE]
         return ClusterState(
             cluster=self._deployment.cluster,
             supervisor_pid=os.getpid(),
@@ -130,6 +139,7 @@ class LocalCluster:
             http=tuple(f"http://{reachable(s.http_host)}:{s.http_port}" for s in frontends),
             grpc=tuple(f"{reachable(s.grpc_host)}:{s.grpc_port}" for s in frontends),
             routers=tuple(s.grpc for s in self.services.values() if s.kind is Kind.ROUTER),
+            console=f"http://{reachable(consoles[0].http_host)}:{consoles[0].http_port}" if consoles else "",
             nats_url=self._around.nats_url,
             redis_url=self._around.redis_url,
             processes=tuple(self._process_state(child) for child in self._supervisor.children.values()),
@@ -187,12 +197,7 @@ class LocalCluster:
         self._run_dir.write_state(self.state())
 
 
-def reachable(host: str) -> str:
-    """An address of this machine at which a server bound to ``host`` answers."""
-    return LOOPBACK if host in ("0.0.0.0", "") else "[::1]" if host == "::" else host
-
-
 def _probe(service: Service) -> Probe:
-    if service.kind is Kind.FRONTEND:
+    if service.kind in (Kind.FRONTEND, Kind.CONSOLE):
         return http_ok(reachable(service.http_host), service.http_port, "/readyz")
     return grpc_serving(reachable(service.grpc_host), service.grpc_port)

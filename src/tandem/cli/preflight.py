@@ -15,6 +15,7 @@ from tandem.models.prepare import Progress, resolve_model
 
 #: For JetStream's files, sockets and logs.
 _ROOM_BYTES = 256 << 20
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_ports(deployment: Deployment) -> None:
@@ -27,6 +28,8 @@ def check_ports(deployment: Deployment) -> None:
             if endpoint.port == 0:
                 raise ConfigError(f"{setting}.port must be a port number, not 0", param=f"{setting}.port")
             _check_port(kind, endpoint.host, endpoint.port + n, setting)
+    if deployment.console.enabled and deployment.console.port:
+        _check_port("console", deployment.console.host, deployment.console.port, "console")
 
 
 def _check_port(kind: str, host: str, port: int, setting: str) -> None:
@@ -47,6 +50,17 @@ def _check_port(kind: str, host: str, port: int, setting: str) -> None:
                     f"the {kind} port {port} on {host} is taken by another program; {hint}", param=f"{setting}.port"
                 ) from None
             raise ConfigError(f"cannot listen on {host}:{port} ({kind}): {error.strerror}; {hint}") from None
+
+
+def check_console(deployment: Deployment, token: str) -> None:
+    """ConfigError where the console would show everybody's requests to the network."""
+    console = deployment.console
+    if console.enabled and console.host not in _LOOPBACK and not token:
+        raise ConfigError(
+            f"the console shows everybody's requests: on {console.host} it needs TANDEM_CONSOLE_TOKEN in the "
+            "environment (16 characters at least), or `console: {enabled: false}` in the deployment file",
+            param="console.host",
+        )
 
 
 def check_room(folder: Path) -> None:

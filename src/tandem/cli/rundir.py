@@ -29,7 +29,7 @@ _STATE, _LOCK, DEPLOYMENT = "state.json", "lock", "deployment.yaml"
 @dataclass(frozen=True, slots=True)
 class ProcessState:
     name: str
-    kind: str  # server | router | prefill | decode | frontend
+    kind: str  # server | router | prefill | decode | frontend | console
     pid: int
     state: str
     restarts: int
@@ -51,6 +51,7 @@ class ClusterState:
     nats_url: str
     redis_url: str
     processes: tuple[ProcessState, ...]
+    console: str = ""  # URL; "" = none
 
 
 def to_json(state: ClusterState) -> bytes:

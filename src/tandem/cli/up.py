@@ -32,6 +32,7 @@ class UpSettings:
 
     nats_url: str = settings.option("", doc="Use this NATS server; empty = start one.")
     redis_url: str = settings.option("", doc="Use this Redis server; empty = start one.")
+    console_token: str = settings.option("", doc="What the console asks of browsers; needed beyond loopback.")
     log_level: str = settings.option("INFO", doc="Log level of all services: DEBUG, INFO, WARNING or ERROR.")
 
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decode", type=_bounded(0, 512), metavar="N", help="decode workers")
     add("--http-port", type=_bounded(1, 65535), metavar="PORT", help="of the OpenAI API (default: 8000)")
     add("--grpc-port", type=_bounded(1, 65535), metavar="PORT", help="of the gRPC API (default: 9000)")
+    add("--console-port", type=_bounded(0, 65535), metavar="PORT", help="of the console; 0 = none (default: any free)")
     add("--cluster", metavar="NAME", help="name of the cluster (default: default)")
     add("--print-deployment", action="store_true", help="print what would be started, as a deployment file, and leave")
 
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     folder = Path(args.file).expanduser().resolve().parent if args.file else Path.cwd()
     env = foreign_environment(os.environ)
-    sources = Sources(given.nats_url, given.redis_url, given.log_level, env)
+    sources = Sources(given.nats_url, given.redis_url, given.log_level, given.console_token, env)
     return asyncio.run(_run(deployment, folder, sources))
 
 
@@ -76,6 +78,7 @@ async def _run(deployment: Deployment, folder: Path, sources: Sources) -> int:
     with run_dir.held():
         preflight.check_policy(deployment)
         preflight.check_ports(deployment)
+        preflight.check_console(deployment, sources.console_token)
         preflight.check_room(run_dir.kept)
         preflight.check_engines(deployment)
         paths = preflight.find_models(deployment, folder, lambda line: print(line, flush=True))

@@ -29,7 +29,7 @@ DEPLOYMENT: dict[str, Any] = {
         }
     ]
 }
-NAMES = {"nats-server", "redis", "router", "prefill-1", "decode-1", "frontend"}
+NAMES = {"nats-server", "redis", "router", "prefill-1", "decode-1", "frontend", "console"}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_everything_runs_as_a_process_of_its_own(cluster: Cluster) -> None:
 def test_it_says_how_to_talk_to_it(cluster: Cluster) -> None:
     wait_for(lambda: "Ctrl-C stops it." in cluster.log(), 10, "the banner")
     log = cluster.log()
-    for hint in (f"{cluster.url}/v1", cluster.grpc, "curl -N", "grpcurl", "chat"):
+    for hint in (f"{cluster.url}/v1", cluster.grpc, cluster.state()["console"], "curl -N", "grpcurl", "chat"):
         assert hint in log
 
 
@@ -90,7 +90,7 @@ def test_a_second_one_on_the_same_ports_is_refused(cluster: Cluster) -> None:
     assert "Traceback" not in done.stderr + other.stderr
 
 
-@pytest.mark.parametrize("name", ["decode-1", "prefill-1", "router", "frontend", "redis", "nats-server"])
+@pytest.mark.parametrize("name", ["decode-1", "prefill-1", "router", "frontend", "console", "redis", "nats-server"])
 def test_whatever_dies_comes_back_and_the_cluster_answers(cluster: Cluster, name: str) -> None:
     old = cluster.signal(name, signal.SIGKILL)
     cluster.wait_restarted(name, old, START_S)

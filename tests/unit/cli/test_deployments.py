@@ -42,14 +42,14 @@ def services(deployment: Deployment) -> list[Service]:
 
 
 def test_the_built_in_deployment_is_one_prefill_and_one_decode_worker() -> None:
-    assert [s.name for s in services(default())] == ["router", "prefill-1", "decode-1", "frontend"]
+    assert [s.name for s in services(default())] == ["router", "prefill-1", "decode-1", "frontend", "console"]
     assert deployment_file.parse(default().to_yaml()) == default()
 
 
 def test_replicas_and_ports_from_the_command_line() -> None:
     changed = overridden(default(), Overrides(prefill=2, decode=3, http_port=8100, grpc_port=9100, cluster="x"))
     names = [s.name for s in services(changed)]
-    assert names == ["router", "prefill-1", "prefill-2", "decode-1", "decode-2", "decode-3", "frontend"]
+    assert names == ["router", "prefill-1", "prefill-2", "decode-1", "decode-2", "decode-3", "frontend", "console"]
     assert (changed.http.port, changed.grpc.port, changed.cluster) == (8100, 9100, "x")
     assert overridden(default(), Overrides()) == default()
 
@@ -81,7 +81,7 @@ def test_several_models_have_workers_of_their_own() -> None:
         "router-1", "router-2",
         "org-big-model-prefill-1", "org-big-model-prefill-2", "org-big-model-decode-1",
         "small-aggregated-1", "small-aggregated-2",
-        "frontend-1", "frontend-2",
+        "frontend-1", "frontend-2", "console",
     ]  # fmt: skip
     aggregated = found["small-aggregated-1"]
     assert aggregated.kind is Kind.DECODE
@@ -98,16 +98,35 @@ def test_models_whose_names_look_alike_still_get_different_workers() -> None:
 
 
 def test_every_service_knows_every_variable_that_it_is_given() -> None:
+    from services.console.config import ConsoleSettings
     from services.frontend.config import FrontendSettings
     from services.router.config import RouterSettings
     from tandem.adapters import settings
     from tandem.worker.settings import WorkerSettings
 
-    kinds = {Kind.ROUTER: RouterSettings, Kind.FRONTEND: FrontendSettings}
+    kinds = {Kind.ROUTER: RouterSettings, Kind.FRONTEND: FrontendSettings, Kind.CONSOLE: ConsoleSettings}
     for service in services(default()):
         loaded = settings.load(kinds.get(service.kind, WorkerSettings), service.env)
         assert loaded.instance == service.name
         assert loaded.grpc_port == service.grpc_port
+
+
+def test_everybody_sends_traces_to_the_console_and_it_knows_whom_to_ask() -> None:
+    found = {s.name: s for s in services(deployment_file.parse(TWO_MODELS))}
+    console = found.pop("console")
+    assert {s.env["TANDEM_TRACE_CONSOLE"] for s in found.values()} == {console.grpc}
+    assert console.env["TANDEM_ROUTERS"] == f"{found['router-1'].grpc},{found['router-2'].grpc}"
+    assert console.env["TANDEM_FRONTENDS"] == "127.0.0.1:9000,127.0.0.1:9001"
+
+
+@pytest.mark.parametrize(("port", "console"), [(None, True), (0, False), (8123, True)])
+def test_the_console_can_be_moved_or_left_out(port: int | None, console: bool) -> None:
+    changed = overridden(default(), Overrides(console_port=port))
+    found = {s.name: s for s in services(changed)}
+    assert ("console" in found) is console
+    assert ("TANDEM_TRACE_CONSOLE" in found["router"].env) is console
+    if port:
+        assert found["console"].http_port == port
 
 
 def test_only_foreign_variables_are_passed_on() -> None:
