@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from prometheus_client.registry import Collector
 
+from tandem.adapters.addresses import own_address
 from tandem.adapters.bus import Bus
 from tandem.adapters.deployment import Deployment
 from tandem.adapters.settings import CommonSettings
@@ -45,4 +46,4 @@ def instruments_of(service: str, deployment: Deployment, bus: Bus) -> Instrument
 def metrics_endpoint(
     settings: CommonSettings, instruments: Instruments, collectors: Sequence[Collector] = ()
 ) -> AbstractAsyncContextManager[int]:
-    return exposition.endpoint(instruments, settings.metrics_host, settings.metrics_port, collectors)
+    return exposition.endpoint(instruments, own_address(settings.metrics_host), settings.metrics_port, collectors)

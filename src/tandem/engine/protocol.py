@@ -25,8 +25,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from prometheus_client.registry import Collector
+
 from tandem.core.types import FinishReason, SamplingParams, StepTiming
 from tandem.errors import TandemError
+from tandem.telemetry.instruments import Instruments
 
 #: (token id, logprob, rank) of one candidate; the sampled token comes first.
 Logprob = tuple[int, float, int]
@@ -178,6 +181,10 @@ class Engine(Protocol):
 
     def take_step_timings(self) -> list[StepTiming]:
         """Timings of the steps since the last call, oldest first, bounded."""
+        ...
+
+    def expose(self, instruments: Instruments) -> Sequence[Collector]:
+        """Adds its metrics, under vLLM's names, to the process's; returns what a library collects by itself."""
         ...
 
     async def reset_prefix_cache(self) -> None: ...

@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 
+from prometheus_client.registry import Collector
+
 from tandem.core.types import FinishReason, StepTiming
 from tandem.engine.kv_plane import KvServer, KvSource, read_blocks
 from tandem.engine.protocol import (
@@ -32,6 +34,7 @@ from tandem.engine.protocol import (
     Sink,
 )
 from tandem.engine.sim_config import SimArgs
+from tandem.engine.sim_metrics import SimCounts
 from tandem.enginemodel.block_pool import CacheEvent, Removed, Stored
 from tandem.enginemodel.content import TokenContent, Vocabulary, hashed_embedding
 from tandem.enginemodel.engine_model import EngineModel
@@ -47,6 +50,7 @@ from tandem.errors import (
     InvalidRequest,
     TandemError,
 )
+from tandem.telemetry.instruments import Instruments
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +103,7 @@ class SimEngine:
         self._link = Link(self._args.link_bytes_per_s * (self._args.speedup or 1.0))
         self._kv_server = KvServer(self._engine_id, self._read_held, self._done_reading)
         self._reads_after_expiry = 0
+        self._counts = SimCounts()
         self._timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
         self._steps = 0
         self._last_step_at = 0.0
@@ -164,6 +169,7 @@ class SimEngine:
         if (pull := self._pulls.pop(request_id, None)) is not None:
             pull.cancel()
             self._model.pull_done(request_id, None)
+        self._counts.ended[FinishReason.ABORT] += 1
         self._undelivered.append((live.sink, EngineOutput(finish=FinishReason.ABORT)))
         self._wake.set()
 
@@ -196,6 +202,10 @@ class SimEngine:
         timings = list(self._timings)
         self._timings.clear()
         return timings
+
+    def expose(self, instruments: Instruments) -> Sequence[Collector]:
+        self._counts.expose(instruments, self._config.served_model, self._model.pool.num_blocks, self.stats)
+        return ()
 
     async def reset_prefix_cache(self) -> None:
         self._model.clear_cache()
@@ -307,8 +317,13 @@ class SimEngine:
             if output.handoff is not None:
                 self._model.release_handoff(output.handoff.handoff_id)
             return
+        counts = self._counts
         if output.finish is not None:
             del self._live[request_id]
+            counts.ended[output.finish] += 1
+        if not live.started:
+            counts.started(len(live.request.prompt), output.sequence.cached_tokens or 0)
+        counts.generated_tokens += output.token is not None
         live.sink(self._engine_output(output, live))
         live.started = True
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
+from prometheus_client.registry import Collector
+
 from tandem.core.types import FinishReason, StepTiming
 from tandem.engine.handoff import CacheGroup, consumer_params, dump_params
 from tandem.engine.protocol import (
@@ -34,6 +36,7 @@ from tandem.engine.protocol import (
     Sink,
 )
 from tandem.engine.vllm_events import KvEventStream
+from tandem.engine.vllm_metrics import VllmMetrics
 from tandem.engine.vllm_options import VllmOptions
 from tandem.engine.vllm_report import CoreReports
 from tandem.engine.vllm_start import Endpoints, engine_info, first_line, start_llm
@@ -45,6 +48,7 @@ from tandem.errors import (
     InvalidRequest,
     TandemError,
 )
+from tandem.telemetry.instruments import Instruments
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +294,9 @@ class VllmEngine:
 
     def take_step_timings(self) -> list[StepTiming]:
         return self._reports.take_step_timings()
+
+    def expose(self, instruments: Instruments) -> Sequence[Collector]:
+        return (VllmMetrics(),)
 
     async def reset_prefix_cache(self) -> None:
         """Running requests are computed again, if need be. EngineFailed when blocks are held for KV transfers."""

@@ -54,6 +54,9 @@ class Announcer:
         self._now = now
         self._suspected_at = -SUSPICION_S
         self.complete = True
+        #: Losses of events, and announcements of everything, so far.
+        self.gaps = 0
+        self.announcements = 0
 
     # -- from the engine -------------------------------------------------------------------------------------------
 
@@ -69,6 +72,7 @@ class Announcer:
                     self._gather(*self._blocks.cleared())
                     self.complete = True
                 case EventsMissed():
+                    self.gaps += 1
                     self._gather(*self._blocks.missed())
                     self.complete = False
 
@@ -145,6 +149,7 @@ class Announcer:
     async def _publish(self) -> None:
         if self._all_again:
             self._all_again = False
+            self.announcements += 1
             await self._index.drop(self.spec)
             self._remove = {}
             self._add = dict.fromkeys(self._blocks.snapshot())

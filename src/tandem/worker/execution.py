@@ -73,12 +73,17 @@ class Execution:
             now=now,
             start=self._decode_from,
             fall_back=self._prefill_here,
+            failed=lambda reason: self.on_kv_failure(reason),
         )
         self._runs = 0
         self.epoch = 0
         self.draining = False
         #: (prompt tokens that the index said were cached here, those that were)
         self.on_cached: Callable[[int, int], None] = lambda told, found: None
+        #: For the metrics: a request has ended here; one was refused (error code); a KV handoff came to nothing (why).
+        self.on_end: Callable[[Running], None] = lambda running: None
+        self.on_refusal: Callable[[str], None] = lambda code: None
+        self.on_kv_failure: Callable[[str], None] = lambda reason: None
 
     # -- what arrives ----------------------------------------------------------------------------------------------
 
@@ -151,6 +156,7 @@ class Execution:
         for running in self._table.unfinished():
             if running.leg == bus_pb2.LEG_PREFILL and running.peer == message.prefill.id:
                 error = HandoffFailed(f"KV from {message.prefill.id} was read after its lease")
+                self.on_kv_failure("tainted")
                 log.error("%s: %s", running.engine_id, error.message)
                 self._engine.abort(running.engine_id)
                 self._end(running, error_finish(running.rid, error), self._now())
@@ -292,6 +298,7 @@ class Execution:
         self._table.finished(running, finish, now)
         self._outbox.finish(running.frontend, finish)
         self._event(running, end_phase(running))
+        self.on_end(running)
         self._pulls.news(running)
 
     # -- the prefill leg -------------------------------------------------------------------------------------------
@@ -313,6 +320,7 @@ class Execution:
         running.handed_over = True
         self._table.finished(running, bus_pb2.Finish(rid=running.rid), now)
         self._event(running, bus_pb2.PHASE_PREFILL_DONE)
+        self.on_end(running)
         self.on_cached(running.predicted_cached_tokens, running.cached_tokens)
         message = bus_pb2.Handoff(
             assignment=assignment,
@@ -337,6 +345,7 @@ class Execution:
         running = self._table.get(entry.key)
         if running is not None:
             error = HandoffFailed(f"decode worker {entry.decode.id} is gone")
+            self.on_kv_failure("undeliverable")
             self._outbox.finish(running.frontend, error_finish(running.rid, error))
             self._event(running, bus_pb2.PHASE_FAILED, error_code=error.code)
 
@@ -371,6 +380,7 @@ class Execution:
             self.bounced(about)
 
     def _refuse(self, submit: bus_pb2.Submit, error: TandemError) -> None:
+        self.on_refusal(error.code)
         self._outbox.reject(submit.frontend, submit.rid, codec.error_to_wire(error))
         event = bus_pb2.LifecycleEvent(key=submit.key, phase=bus_pb2.PHASE_FAILED, error_code=error.code)
         self._outbox.event(event)

@@ -40,9 +40,10 @@ class Pulls:
         now: Callable[[], float],
         start: Callable[[Running, KvHandoff, float], None],
         fall_back: Callable[[Running, str], None],
+        failed: Callable[[str], None],
     ) -> None:
         """``start`` gives the request to the engine, with the seconds for which its handoff is valid; ``fall_back``
-        gives it anew, without one, and why."""
+        gives it anew, without one, and why. ``failed`` hears "claim" or "pull" for each that came to nothing."""
         self._peers = peers
         self._worker = worker
         self._hop_timeout_s = hop_timeout_s
@@ -51,6 +52,7 @@ class Pulls:
         self._now = now
         self._start = start
         self._fall_back = fall_back
+        self._failed = failed
         self._pulls: dict[RequestKey, _Pull] = {}
 
     def take(self, running: Running, peer: types_pb2.WorkerRef, kv: KvHandoff) -> None:
@@ -84,6 +86,7 @@ class Pulls:
         if pulled:
             running.timings.kv_transfer_s = running.timings.kv_transfer_s or self._now() - began
         elif running.finish is None:
+            self._failed("pull" if pull.in_engine else "claim")
             self._fall_back(running, why)
 
     async def _has_come(self, running: Running, peer: types_pb2.WorkerRef, kv: KvHandoff, news: asyncio.Event) -> bool:

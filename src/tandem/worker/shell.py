@@ -26,6 +26,7 @@ from tandem.adapters.bus import Bus, Message, Subscription
 from tandem.adapters.deployment import Model, Pool, PoolRole, read
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
+from tandem.adapters.process_metrics import instruments_of, metrics_endpoint
 from tandem.adapters.redis_store import RedisPrefixIndex, RedisRegistry, connect
 from tandem.adapters.store import PrefixIndex, Registry
 from tandem.core.types import Role, WorkerAddress, WorkerSpec
@@ -38,6 +39,7 @@ from tandem.worker.announcer import Announcer
 from tandem.worker.control import WorkerControl
 from tandem.worker.execution import Execution
 from tandem.worker.handoffs import OpenHandoffs, Peers
+from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.outbox import Outbox
 from tandem.worker.reporter import Reporter
 from tandem.worker.request_table import RequestTable
@@ -75,6 +77,9 @@ async def run(settings: WorkerSettings, role: Role) -> None:
         worker = await stack.enter_async_context(joined)
         deliver[0] = worker.announcer.on_kv_events
         worker.announcer.on_kv_events(early)
+        instruments = instruments_of(role.value, deployment, bus)
+        WorkerMetrics(instruments, worker, [c.name for c in deployment.classes], clock.monotonic)
+        await stack.enter_async_context(metrics_endpoint(settings, instruments, engine.expose(instruments)))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, worker.leave)
