@@ -23,14 +23,18 @@ from services.frontend.embeddings_route import EmbeddingsRoute
 from services.frontend.generation import Generations
 from services.frontend.grpc_service import InferenceService
 from services.frontend.intake import Intake
+from services.frontend.metrics import FrontendMetrics
 from services.frontend.openai_routes import OpenAIRoutes
 from services.frontend.tokenize_routes import TokenizeRoutes
+from services.frontend.tracing import RequestTraces
 from services.frontend.web_app import web_app
 from tandem.adapters import clock, deployment
 from tandem.adapters.bus import Bus
 from tandem.adapters.deployment import Deployment
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
+from tandem.adapters.process_metrics import instruments_of, metrics_endpoint
+from tandem.adapters.traces import open_tracing
 from tandem.errors import ConfigError, Refused
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
@@ -63,7 +67,14 @@ class Frontend:
         # A restarted frontend hears nothing that is meant for its former self.
         self.instance = f"{name}.{clock.new_incarnation():x}"
         self.cluster = Cluster(bus, cluster=wanted.cluster, instance=self.instance, patience=settings.patience)
-        self.generations = Generations(self.cluster, idle_s=settings.idle_s)
+        self.tracing = open_tracing(settings, "frontend", cluster=wanted.cluster, instance=name)
+        targets = {c.name: c.ttft_slo_s for c in wanted.classes if c.ttft_slo_s is not None}
+        traces = RequestTraces(self.tracing, targets, clock.monotonic)
+        self.generations = Generations(self.cluster, idle_s=settings.idle_s, traces=traces)
+        self.instruments = instruments_of("frontend", wanted, bus)
+        self._metrics = FrontendMetrics(self.instruments, wanted, clock.monotonic)
+        self._metrics.watch(self.generations.open_by_model, self.cluster.has_leader)
+        self.generations.on_end = self._metrics.ended
         self._intake = Intake(wanted, [served_model.load(model) for model in wanted.models])
         openai = OpenAIRoutes(self._intake)
         tokens = TokenizeRoutes(self._intake)
@@ -81,6 +92,7 @@ class Frontend:
             self._intake,
             self.generations,
             crowded=self._crowded,
+            told=self._metrics.told,
         )
         self._http = _Server(
             uvicorn.Config(
@@ -96,7 +108,7 @@ class Frontend:
             wanted.grpc.port if settings.grpc_port < 0 else settings.grpc_port,
             max_request_bytes=wanted.limits.max_body_bytes,
         )
-        service = InferenceService(self._intake, self.generations, embedder)
+        service = InferenceService(self._intake, self.generations, embedder, self._metrics.told)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, self._grpc.server)
         self._socket: socket.socket | None = None
 
@@ -154,6 +166,7 @@ class Frontend:
             self._last_call.cancel()
         await self.cluster.close()
         self._intake.close()
+        await self.tracing.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -183,6 +196,7 @@ async def run(settings: FrontendSettings) -> None:
         stack.push_async_callback(bus.close)
         frontend = Frontend(settings, wanted, bus)
         stack.push_async_callback(frontend.close)
+        await stack.enter_async_context(metrics_endpoint(settings, frontend.instruments))
         await frontend.start()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(frontend.run(), name="serve")

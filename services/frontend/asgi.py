@@ -65,17 +65,20 @@ class PostedRoutes:
         generations: Generations,
         *,
         crowded: Callable[[], bool] = lambda: False,
+        told: Callable[[TandemError], None] = lambda error: None,
     ) -> None:
-        """``crowded``: there are more connections than there may be, so that only probes are answered."""
+        """``crowded``: there are more connections than there may be, so that only probes are answered. ``told`` hears
+        each error that a client is told of."""
         self._app = app
         self._crowded = crowded
+        self._told = told
         self._routes = dict(routes)
         self._intake = intake
         self._generations = generations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._crowded() and scope["path"] not in PROBES:
-            response = _Response(send, dict(scope["headers"]))
+            response = _Response(send, dict(scope["headers"]), self._told)
             await response.error(Overloaded("too many connections"), (b"connection", b"close"))
             return
         route = self._routes.get(scope["path"]) if scope["type"] == "http" else None
@@ -83,7 +86,7 @@ class PostedRoutes:
             await self._app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        response = _Response(send, headers)
+        response = _Response(send, headers, self._told)
         try:
             await self._serve(route, headers, receive, response)
         except TandemError as error:
@@ -103,6 +106,7 @@ class PostedRoutes:
             traceparent=traceparent.decode() if _TRACEPARENT.fullmatch(traceparent) else "",
         )
         body = await _read_body(receive, headers, self._intake.limits.max_body_bytes)
+        received_s = monotonic()
         exchange = await route(body, caller, arrival_s)
         if isinstance(exchange, bytes):
             await response.whole(200, exchange)
@@ -110,7 +114,7 @@ class PostedRoutes:
         if not isinstance(exchange, Exchange):
             await response.whole(200, await _unless_disconnected(exchange, receive))
             return
-        generation = self._generations.begin(exchange.request)
+        generation = self._generations.begin(exchange.request, received_s=received_s)
         watcher = asyncio.create_task(_cancel_on_disconnect(receive, generation))
         try:
             if exchange.request.streaming:
@@ -137,6 +141,7 @@ async def _stream(generation: Generation, answer: AnswerForm, response: _Respons
         if generation.error is not None:
             raise generation.error
     except TandemError as error:
+        response.told(error)
         await response.close(answer.failed(error))
 
 
@@ -193,10 +198,11 @@ async def _read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: in
 class _Response:
     """The answer to one request: whole, or opened, written and closed."""
 
-    __slots__ = ("_opened", "_send", "request_id")
+    __slots__ = ("_opened", "_send", "request_id", "told")
 
-    def __init__(self, send: Send, headers: Mapping[bytes, bytes]) -> None:
+    def __init__(self, send: Send, headers: Mapping[bytes, bytes], told: Callable[[TandemError], None]) -> None:
         self._send = send
+        self.told = told
         self._opened = False
         given = headers.get(b"x-request-id", b"")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -220,6 +226,7 @@ class _Response:
         await self.close(body)
 
     async def error(self, error: TandemError, *headers: tuple[bytes, bytes]) -> None:
+        self.told(error)
         if self._opened:
             await self.close(event(error_body(error)) + DONE)
         elif not isinstance(error, Cancelled):  # else nobody is there to read it

@@ -8,8 +8,10 @@ calls ``on_sweep``.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from services.frontend.cluster import Cluster
 from services.frontend.detokenizer import detokenizer
@@ -21,6 +23,10 @@ from services.frontend.stop_strings import StopStrings
 from tandem import errors
 from tandem.core.blocks import root_hash, token_bytes
 from tandem.core.types import FinishReason, SamplingParams
+from tandem.telemetry.tracing import Trace
+
+if TYPE_CHECKING:
+    from services.frontend.tracing import RequestTraces
 
 #: Tokens that may wait for a slow reader before its request is given up.
 MAX_QUEUED_TOKENS = 8_192
@@ -43,11 +49,15 @@ class GenerationRequest:
     new_parser: NewParser | None = None
     #: The client sees tokens before the end.
     streaming: bool = True
+    #: As the GenAI conventions call it.
+    operation: str = "chat"
     tenant: str = "default"
     request_class: str = ""
     ttft_slo_s: float = 0.0
     cache_salt: str = ""
     traceparent: str = ""
+    #: When the prompt's tokens were there.
+    tokenised_s: float = 0.0
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -61,6 +71,15 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+
+
+class Progress(NamedTuple):
+    """How far a generation has come, over all its choices and their attempts."""
+
+    first_token_s: float  # 0 = there is none
+    last_news_s: float
+    output_tokens: int
+    resubmissions: int
 
 
 @dataclass(slots=True)
@@ -89,6 +108,12 @@ class Generation:
         self.error: errors.TandemError | None = None
         #: A worker has had a part of it.
         self.opened = False
+        #: Its own span; None when nothing is traced.
+        self.trace: Trace | None = None
+        #: When the whole of the client's request was here.
+        self.received_s = 0.0
+        #: How its choices ended, as they did.
+        self.finish_reasons: list[str] = []
         self._cluster = cluster
         self._on_end = on_end
         self._queue: list[Delta] = []
@@ -105,7 +130,7 @@ class Generation:
         for index in range(self._running):
             choice = _Choice(self, index)
             self._choices.append(choice)
-            order = _order(request, request.prompts[index // request.n], index, root)
+            order = _order(request, request.prompts[index // request.n], index, root, self.traceparent)
             choice.journey = self._cluster.begin(order, choice)
             if self.error is not None:
                 return
@@ -119,6 +144,33 @@ class Generation:
     def over(self) -> bool:
         """Done, and everything was read."""
         return self.done and not self._queue
+
+    @property
+    def traceparent(self) -> str:
+        """What goes along with it."""
+        return self.trace.context.header if self.trace is not None else self.request.traceparent
+
+    @property
+    def journeys(self) -> list[Journey]:
+        return [choice.journey for choice in self._choices if choice.journey is not None]
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.request.prompts) * self.request.n
+
+    def progress(self) -> Progress:
+        first = last = 0.0
+        tokens = resubmissions = 0
+        for choice in self._choices:
+            journey = choice.journey
+            if journey is None:
+                continue
+            if journey.first_token_s and (not first or journey.first_token_s < first):
+                first = journey.first_token_s
+            last = max(last, journey.heard_s)
+            tokens += len(journey.tokens)
+            resubmissions += max(journey.attempt, 0)
+        return Progress(first, last, tokens, resubmissions)
 
     async def wait_opened(self) -> bool:
         """True once a worker has it, False when nothing was heard for long. Raises ``error`` if it failed before."""
@@ -189,6 +241,7 @@ class Generation:
 
     def choice_ended(self, choice: int, outcome: Outcome, output_tokens: int) -> None:
         self._running -= 1
+        self.finish_reasons.append(outcome.reason.value)
         self.usage.completion_tokens += output_tokens
         if choice % self.request.n == 0:  # a prompt counts once, however many answers it gets
             self.usage.cached_tokens += outcome.cached_tokens
@@ -227,20 +280,36 @@ class Generation:
 class Generations:
     """All that are running in this process."""
 
-    def __init__(self, cluster: Cluster, *, idle_s: float = 10.0) -> None:
+    def __init__(self, cluster: Cluster, *, idle_s: float = 10.0, traces: RequestTraces | None = None) -> None:
         self._cluster = cluster
         self._idle_s = idle_s
+        self._traces = traces
         self._running: set[Generation] = set()
+        #: Called with each, once, when it is over.
+        self.on_end: Callable[[Generation], None] = lambda generation: None
         cluster.on_sweep = self._on_sweep
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def begin(self, request: GenerationRequest) -> Generation:
-        generation = Generation(request, self._cluster, self._running.discard)
+    def begin(self, request: GenerationRequest, *, received_s: float = 0.0) -> Generation:
+        generation = Generation(request, self._cluster, self._ended)
+        if self._traces is not None:
+            generation.trace = self._traces.begin(request.traceparent)
+            generation.received_s = received_s
         self._running.add(generation)
         generation.start()
         return generation
+
+    def open_by_model(self) -> dict[str, int]:
+        return Counter(generation.request.model.name for generation in self._running)
+
+    def _ended(self, generation: Generation) -> None:
+        if generation in self._running:
+            self._running.remove(generation)
+            self.on_end(generation)
+            if self._traces is not None:
+                self._traces.ended(generation)
 
     def _on_sweep(self, now: float) -> None:
         for generation in list(self._running):
@@ -336,7 +405,7 @@ def _say(delta: Delta, parsed: Parsed) -> None:
     delta.text, delta.reasoning, delta.calls = parsed.text, parsed.reasoning, parsed.calls
 
 
-def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: int) -> Order:
+def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: int, traceparent: str) -> Order:
     sampling = request.sampling
     nth = index % request.n
     if nth and sampling.seed is not None:
@@ -356,7 +425,7 @@ def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: 
         cache_salt=request.cache_salt,
         block_size=request.model.block_size,
         hash_root=root,
-        traceparent=request.traceparent,
+        traceparent=traceparent,
         restartable=not request.streaming,
         end_tokens=request.end_tokens,
     )

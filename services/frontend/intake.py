@@ -99,6 +99,7 @@ class Intake:
         prompt_logprobs: int | None = None,
         structured_output: StructuredOutput | None = None,
         new_parser: NewParser | None = None,
+        operation: str = "chat",
         arrival_s: float | None = None,
     ) -> GenerationRequest:
         """``param``: the field that the prompt came in, for messages."""
@@ -133,11 +134,13 @@ class Intake:
             skip_special_tokens=options.skip_special_tokens is not False,
             new_parser=new_parser,
             streaming=streaming,
+            operation=operation,
             tenant=caller.tenant.name,
             request_class=request_class.name,
             ttft_slo_s=(options.ttft_slo_ms or 0) / 1e3,
             cache_salt=self.tenants.cache_salt(caller.tenant),
             traceparent=caller.traceparent,
+            tokenised_s=self._now(),
         )
 
 

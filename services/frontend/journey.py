@@ -25,11 +25,15 @@ from enum import Enum
 
 from services.frontend.effects import Abandon, AskAgain, Deliver, Effect, Ended, Opened, Restarted, Submit
 from services.frontend.leaders import Leader, Leaders
-from services.frontend.order import Consumer, Order, Outcome, Patience, Positions
+from services.frontend.order import Consumer, Incident, Order, Outcome, Patience, Positions
 from tandem import errors
 from tandem.core.types import FinishReason, RequestKey, SamplingParams, WorkerAddress
+from tandem.telemetry import spans
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import codec
+
+#: Kept for a request's trace; a request that waits for minutes for a leader has no more to say.
+MAX_INCIDENTS = 32
 
 
 class State(Enum):
@@ -66,11 +70,17 @@ class Journey:
         "consumer",
         "expected",
         "failures",
+        "first_token_s",
         "holder",
+        "incidents",
         "leader",
         "order",
+        "outcome",
+        "placed_s",
         "rid",
         "state",
+        "submitted_s",
+        "timings",
         "tokens",
     )
 
@@ -97,6 +107,15 @@ class Journey:
         self.base = 0
         #: ``seq`` of the next token within this attempt.
         self.expected = 0
+        #: When the first token was given out; 0 = none was.
+        self.first_token_s = 0.0
+        #: Of the current attempt; 0 = no worker has taken it yet.
+        self.submitted_s = self.placed_s = 0.0
+        #: What was out of the ordinary, in order.
+        self.incidents: list[Incident] = []
+        #: As the last finish had them, also one of an attempt that failed.
+        self.timings: bus_pb2.Timings | None = None
+        self.outcome: Outcome | None = None
         self.avoid: set[str] = set()
         self.failures = 0
         self._remote_failures = 0
@@ -120,9 +139,15 @@ class Journey:
         return RequestKey(self.order.id, max(self.attempt, 0), self.order.choice)
 
     @property
+    def heard_s(self) -> float:
+        """Last news of this request: of its last token, once it has ended."""
+        return self._heard_s
+
+    @property
     def local_only(self) -> bool:
         # The log-probabilities of a prompt are there only where it is computed, and D computes none of it.
-        return self._remote_failures >= 2 or self.order.sampling.prompt_logprobs is not None
+        # An embedding has no second phase.
+        return self._remote_failures >= 2 or self.order.sampling.prompt_logprobs is not None or self.order.embed
 
     @property
     def remaining_sampling(self) -> SamplingParams:
@@ -148,8 +173,8 @@ class Journey:
         if self.state is not State.STOPPING:
             self._abandon()
         self.state = State.ENDED
-        outcome = Outcome(FinishReason.ABORT, len(self.tokens), error=errors.Cancelled("cancelled by the client"))
-        self._emit(Ended(self, outcome))
+        self.outcome = Outcome(FinishReason.ABORT, len(self.tokens), error=errors.Cancelled("cancelled by the client"))
+        self._emit(Ended(self, self.outcome))
 
     def give_up(self, error: errors.TandemError) -> None:
         """The frontend leaves and waits no longer: what is not over ends with ``error``."""
@@ -192,6 +217,8 @@ class Journey:
             # Kept by nobody once their frame is lost; tokens without them are not what was asked for.
             return self._lose(errors.UnknownRequest("log-probabilities were lost on the way"), now)
         new = tokens[known:] if known else tokens
+        if not self.tokens:
+            self.first_token_s = self.first_token_s or now
         self.expected += len(new)
         self.tokens.extend(new)
         self._emit(Deliver(self, new, positions[known:] if positions is not None else None, prompt_positions))
@@ -200,6 +227,8 @@ class Journey:
         return None
 
     def on_finish(self, worker: WorkerAddress, finish: bus_pb2.Finish, now: float) -> None:
+        if finish.HasField("timings"):
+            self.timings = finish.timings
         if self.state is State.STOPPING:
             return self._end_stopped(finish)
         if finish.HasField("error") or finish.reason == types_pb2.FINISH_REASON_ERROR:
@@ -310,7 +339,10 @@ class Journey:
         self.base = len(self.tokens)
         self.expected = 0
         self.holder = None
-        self._finish = None
+        self.timings = self._finish = None
+        self.submitted_s, self.placed_s = now, 0.0
+        if self.attempt:
+            self._note(spans.MIGRATION if self.base else spans.RETRY, now)
         self._enter(State.SUBMITTED, now)
         self._emit(Submit(self))
         return None
@@ -318,6 +350,7 @@ class Journey:
     def _resubmit(self, now: float) -> None:
         """Again, through no fault of the attempt: costs no failure."""
         if self.attempt >= 0:
+            self._note(spans.FAILURE, now, reason="nothing was heard of it, or its router changed")
             self._abandon()
         self._submit(now)
 
@@ -326,6 +359,7 @@ class Journey:
         recovering = isinstance(error, errors.NoWorkers) and self.failures > 0
         if not (isinstance(error, errors.Lost) or recovering or type(error) is errors.Refused):
             return self._fail(error)
+        self._note(spans.FAILURE, now, error=error)
         self._abandon()
         reason = self._ended_without_word()
         if reason is not None:
@@ -352,6 +386,8 @@ class Journey:
 
     def _ended_without_word(self) -> FinishReason | None:
         """All tokens are here and only the finish is missing: nothing is left to compute."""
+        if self.order.embed:
+            return None  # the finish is the answer
         if len(self.tokens) >= self.order.sampling.max_tokens:
             return FinishReason.LENGTH
         if self.tokens and self.tokens[-1] in self.order.end_tokens:
@@ -366,7 +402,16 @@ class Journey:
         self._cached_tokens = min(finish.cached_tokens, self.order.isl_tokens)
         stop_token = finish.stop_token_id if finish.HasField("stop_token_id") else None
         reason = codec.finish_from_wire(finish.reason)
-        self._end(Outcome(reason, len(self.tokens), self._cached_tokens, stop_token, timings=finish.timings))
+        self._end(
+            Outcome(
+                reason,
+                len(self.tokens),
+                self._cached_tokens,
+                stop_token,
+                timings=finish.timings,
+                embedding=finish.embedding,
+            )
+        )
         return None
 
     def _end_stopped(self, finish: bus_pb2.Finish | None) -> None:
@@ -399,6 +444,7 @@ class Journey:
         assert self.holder is not None
         self._asked_s = now
         self._questions_s = self._questions_s or now
+        self._note(spans.GAP, now)
         self._emit(AskAgain(self, self.holder, self.expected))
 
     def _time_out(self, now: float) -> None:
@@ -414,6 +460,7 @@ class Journey:
         """``worker`` shows that it has the current attempt. False when no attempt is under way."""
         if self.state is State.SUBMITTED:
             self._enter(State.PLACED, now)
+            self.placed_s = now
             self._lost_s, self._pauses = 0.0, 0
         elif self.state is not State.PLACED:
             return False
@@ -434,7 +481,15 @@ class Journey:
 
     def _end(self, outcome: Outcome) -> None:
         self.state = State.ENDED
+        self.outcome = outcome
         self._emit(Ended(self, outcome))
+
+    def _note(
+        self, kind: spans.Event, now: float, *, error: errors.TandemError | None = None, reason: str = ""
+    ) -> None:
+        if len(self.incidents) < MAX_INCIDENTS:
+            holder = self.holder.id if self.holder is not None else ""
+            self.incidents.append(Incident(kind, now, self.attempt, holder, error, reason, len(self.tokens)))
 
     def _enter(self, state: State, now: float) -> None:
         self.state = state

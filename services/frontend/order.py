@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tandem import errors
 from tandem.core.types import FinishReason, SamplingParams
+from tandem.telemetry import spans
 from tandem.v1 import bus_pb2, types_pb2
 
 #: Log-probabilities of one position, as they travel.
@@ -73,6 +75,18 @@ class Outcome:
     attempts: int = 1
     #: Little-endian f32.
     embedding: bytes = b""
+
+
+class Incident(NamedTuple):
+    """Something that befell a request, or was done about it: for its trace."""
+
+    kind: spans.Event
+    at_s: float
+    attempt: int
+    worker: str = ""
+    error: errors.TandemError | None = None
+    reason: str = ""
+    tokens: int = 0
 
 
 class Consumer:
