@@ -44,8 +44,10 @@ check: setup-dev  ## ruff, mypy, import-linter, buf, generated code and pages up
 unit contract integration chaos e2e: setup-dev  ## one test suite
 	@$(PY) -m pytest tests/$@
 
-fuzz: setup-dev  ## hostile inputs to the frontend, COUNT of them
+fuzz: setup-dev  ## hostile inputs to the frontend, COUNT of them; then COUNT guided by coverage, twice
 	@$(PY) -m tests.fuzz.hostile --count $(COUNT) --seed $(SEED)
+	@$(PY) -m tests.fuzz.guided --target parsers --runs $(COUNT) --seed $(SEED)
+	@$(PY) -m tests.fuzz.guided --target bodies --runs $(COUNT) --seed $(SEED)
 
 proto: setup-dev  ## generate src/tandem/v1 from proto/
 	@$(PY) scripts/proto.py

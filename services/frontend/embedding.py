@@ -52,15 +52,16 @@ class Embedder:
         """Token ids of each. ``truncate``: the most tokens of an input that count; None = refuse what is too long."""
         if len(inputs) > MAX_INPUTS:
             raise InvalidRequest(f"{param}: at most {MAX_INPUTS} inputs in one request", param=param)
+        limit = None if truncate is None else min(truncate, model.max_model_len)
         found: list[Sequence[int]] = []
         total = 0
         for given in inputs:
             prompt: Sequence[int]
             if isinstance(given, str):
-                prompt = await self._intake.tokenise_input(model, given, truncate=truncate, param=param)
+                prompt = await self._intake.tokenise_input(model, given, truncate=limit, param=param)
             else:
                 self._intake.check_token_ids(model, given, param=param)
-                prompt = given if truncate is None else given[: min(truncate, model.max_model_len)]
+                prompt = given[:limit]
             if not prompt:
                 raise InvalidRequest(f"{param}: an input is empty", param=param)
             if len(prompt) > model.max_model_len:

@@ -62,13 +62,18 @@ class EmbeddingsRoute:
         truncate = wanted.truncate_prompt_tokens
         if truncate == 0:
             raise InvalidRequest("truncate_prompt_tokens: must be -1 or at least 1", param="truncate_prompt_tokens")
-        limit = None if truncate is None else min(truncate, model.max_model_len)
-        return self._run(wanted, model, model.max_model_len if truncate == -1 else limit, caller, arrival_s)
+        limit = model.max_model_len if truncate == -1 else truncate
+        prompts = await self._embedder.prompts(model, wanted.inputs, truncate=limit, param="input")
+        return self._run(wanted, model, prompts, caller, arrival_s)
 
     async def _run(
-        self, wanted: EmbeddingsRequest, model: ServedModel, truncate: int | None, caller: Caller, arrival_s: float
+        self,
+        wanted: EmbeddingsRequest,
+        model: ServedModel,
+        prompts: Sequence[Sequence[int]],
+        caller: Caller,
+        arrival_s: float,
     ) -> bytes:
-        prompts = await self._embedder.prompts(model, wanted.inputs, truncate=truncate, param="input")
         done = await self._embedder.embed(
             caller,
             model,

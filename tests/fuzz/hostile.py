@@ -24,14 +24,19 @@ from typing import Any
 import msgspec
 
 from services.frontend import served_model
+from services.frontend.cluster import Cluster
+from services.frontend.embedding import Embedder
+from services.frontend.embeddings_route import EmbeddingsRoute
 from services.frontend.http_errors import http_status
 from services.frontend.intake import Caller, Intake
 from services.frontend.openai_routes import OpenAIRoutes
+from services.frontend.order import Patience
 from services.frontend.parsers.families import new_parser
 from services.frontend.parsers.forced import Named, Required
 from services.frontend.parsers.output import OutputParser, Parsed
 from services.frontend.tokenize_routes import TokenizeRoutes
 from tandem.adapters.deployment import Deployment, Model, Pool, PoolRole, Tenant
+from tandem.adapters.memory_bus import MemoryBus, MemoryHub
 from tandem.errors import TandemError
 from tests.unit.frontend.conftest import write_byte_level
 
@@ -72,6 +77,10 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
             "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}},
             "stream": True,
         },
+    ],
+    "embeddings": [
+        {"model": "e", "input": ["a", "b"], "encoding_format": "base64", "dimensions": 64, "user": "u"},
+        {"model": "e", "input": [[5, 6], [7]], "truncate_prompt_tokens": 3, "request_class": "interactive"},
     ],
     "tokenize": [
         {"model": "m", "prompt": "abc", "return_token_strs": True},
@@ -169,15 +178,24 @@ async def send(routes: dict[str, Route], rng: random.Random) -> str:
 
 def routes_of(folder: Path) -> dict[str, Route]:
     pool = Pool(role=PoolRole.AGGREGATED, engine="sim")
-    model = Model(
+    chat = Model(
         name="m", path=str(folder), max_model_len=64, pools=(pool,), tool_parser="hermes", reasoning_parser="think"
     )
-    intake = Intake(Deployment(models=(model,)), [served_model.load(model)])
+    embedder = Model(name="e", path=str(folder), max_model_len=64, pools=(pool,), task="embed")
+    intake = Intake(Deployment(models=(chat, embedder)), [served_model.load(model) for model in (chat, embedder)])
     openai, tokens = OpenAIRoutes(intake), TokenizeRoutes(intake)
+    cluster = Cluster(MemoryBus(MemoryHub()), cluster="fuzz", instance="frontend", patience=Patience())
+    embeddings = EmbeddingsRoute(Embedder(intake, cluster))
+
+    async def embed(data: bytes, caller: Caller, arrival_s: float) -> None:
+        work = await embeddings.embeddings(data, caller, arrival_s)
+        work.close()  # from here on it is the cluster's
+
     return {
         "chat": openai.chat,
         "completions": openai.completions,
         "responses": openai.responses,
+        "embeddings": embed,
         "tokenize": tokens.tokenize,
         "detokenize": tokens.detokenize,
     }

@@ -89,7 +89,8 @@ class SimEngine:
                 block_size=config.block_size,
                 max_num_seqs=self._args.max_num_seqs,
                 max_batched_tokens=self._args.max_batched_tokens,
-                max_model_len=config.max_model_len,
+                # The model draws a token from every prompt; of an embedding nobody sees it.
+                max_model_len=config.max_model_len + config.embeds,
                 lease_s=config.kv_lease_s,
             )
         except ValueError as error:
