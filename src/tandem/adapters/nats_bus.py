@@ -1,9 +1,9 @@
-"""The bus over NATS, by nats-py: one connection, kept up for the life of the process.
+"""The bus over NATS: one connection, kept up for the life of the process.
 
-``publish`` appends to a bounded buffer of our own that one task empties into the client in order; so it never blocks,
-and while the server is away or slow the buffer's bound is an error instead of growing memory. Subscriptions get
-limits far above what a handler leaves waiting (a slow consumer would lose messages silently), and what the client
-complains about is logged and counted.
+Publishing appends to a buffer that leaves in one write per turn of the event loop; messages are handed to their
+handlers straight from the socket's callback. No task, queue or lock per message: that is what it buys over nats-py
+(docs/decisions/library-clients.md). While the server is away or slow, publishing goes on into the buffer, whose bound
+is an error. Also here: TLS, user and password or token, several servers, reconnecting without limit.
 """
 
 from __future__ import annotations
@@ -13,34 +13,23 @@ import logging
 import random
 import re
 import ssl
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from itertools import count, cycle
+from typing import Self
 from urllib.parse import SplitResult, unquote, urlsplit
 
-import nats.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription as NatsSubscription
-
+from tandem.adapters import nats_protocol as protocol
 from tandem.adapters.bus import BusStats, FailureLog, Handler, Message
-from tandem.adapters.clock import monotonic
+from tandem.adapters.clock import monotonic, new_name
+from tandem.adapters.nats_connection import Connection
 from tandem.errors import BusUnavailable, ConfigError, NoWorkers, PayloadTooLarge, RequestTimeout
 from tandem.wire.permissions import inbox_prefix
 
 logger = logging.getLogger(__name__)
 
-_NOT_A_SUBJECT = re.compile(r"\s|^$")
-_NO_RESPONDERS = "503"
-#: What may wait for a handler; handlers are quick callables, so only a blocked loop gets near it.
-_SUBSCRIPTION_MESSAGES = 1 << 20
-_SUBSCRIPTION_BYTES = 1 << 30
-#: What nats-py may hold of ours before it waits for the socket; the rest stays in our own buffer.
-_CLIENT_PENDING_BYTES = 1 << 20
-#: Without a connection for so long: its client's reconnecting is not trusted any more.
-_STUCK_S = 10.0
+_not_a_subject = re.compile(r"\s|^$").search
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +39,7 @@ class NatsOptions:
     user: str = ""
     password: str = field(default="", repr=False)
     token: str = field(default="", repr=False)
+    #: Made from the system's authorities where the server wants TLS and this is None.
     tls: ssl.SSLContext | None = None
     inbox_prefix: str = "_INBOX"
     pending_bytes: int = 64 << 20
@@ -60,38 +50,19 @@ class NatsOptions:
     max_pings_out: int = 2
 
 
+@dataclass(slots=True, eq=False)
 class _Subscription:
-    """Outlives the client that it was made with: a new client subscribes again."""
+    """Lives across reconnects, under the same sid."""
 
-    def __init__(self, bus: NatsBus, subject: str, queue: str, handler: Handler) -> None:
-        self._bus = bus
-        self._subject = subject
-        self._queue = queue
-        self._handler = handler
-        self._failures = FailureLog(bus.stats, monotonic)
-        self._inner: NatsSubscription | None = None
-
-    async def open(self, client: Client) -> None:
-        self._inner = await client.subscribe(
-            self._subject,
-            queue=self._queue,
-            cb=self._deliver,
-            pending_msgs_limit=_SUBSCRIPTION_MESSAGES,
-            pending_bytes_limit=_SUBSCRIPTION_BYTES,
-        )
-
-    async def _deliver(self, msg: Msg) -> None:
-        no_responders = not msg.data and (msg.headers or {}).get("Status") == _NO_RESPONDERS
-        try:
-            self._handler(Message(msg.subject, msg.data, msg.reply, no_responders))
-        except Exception as error:  # one message's defect must not end the subscription: it is logged and counted
-            self._failures.failed(self._subject, Message(msg.subject, msg.data), error)
+    bus: NatsBus
+    sid: int
+    subject: str
+    queue: str
+    handler: Handler
+    failures: FailureLog
 
     async def unsubscribe(self) -> None:
-        self._bus._subscriptions.pop(self, None)
-        if self._inner is not None:
-            with suppress(nats.errors.Error):  # closed, or unsubscribed before
-                await self._inner.unsubscribe()
+        self.bus._remove(self.sid)
 
 
 class NatsBus:
@@ -99,26 +70,25 @@ class NatsBus:
 
     def __init__(self, url: str, name: str, options: NatsOptions) -> None:
         servers = _parse_servers(url)
-        self._servers = [_without_user(server) for server in servers]
-        self._shown = ", ".join(self._servers)
-        self._name = name
+        self._shown = ", ".join(map(_without_user, servers))
+        self._servers: Iterator[SplitResult] = cycle(servers)
         self._options = _with_user_of(servers[0], options)
-        self._client = Client()
+        self._name = name
+        self._loop = asyncio.get_running_loop()
+        self._connection: Connection | None = None
         self._up = asyncio.Event()
-        self._out: deque[tuple[str, bytes, str]] = deque()
-        self._out_bytes = 0
-        self._waiting = asyncio.Event()
-        self._all_sent = asyncio.Event()
-        self._all_sent.set()
-        self._subscriptions: dict[_Subscription, None] = {}
-        self._gave_up = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._keeper: asyncio.Task[None] | None = None
         self._closed = False
         self._last_error = ""
-        #: What the server itself said last; it explains the lost connection that follows.
-        self._complaint = ""
+        self._max_payload = 0
         self._reconnected_at = 0.0
-        self._down_at = 0.0
+        self._out: list[bytes] = []
+        self._out_bytes = 0
+        self._write_scheduled = False
+        self._numbers = count(1)
+        self._subscriptions: dict[int, _Subscription] = {}
+        self._inbox = ""
+        self._requests: dict[str, asyncio.Future[Message]] = {}
         self.stats = BusStats()
 
     @classmethod
@@ -127,25 +97,25 @@ class NatsBus:
 
         Tries until ``connect_timeout_s``, then BusUnavailable with the last reason."""
         bus = cls(url, name, options or NatsOptions())
+        bus._keeper = asyncio.create_task(bus._keep_connected(), name="nats")
+        bus._keeper.add_done_callback(bus._on_keeper_end)
         try:
             async with asyncio.timeout(bus._options.connect_timeout_s):
-                await bus._client.connect(bus._servers, **bus._client_options())
-        except (TimeoutError, OSError, nats.errors.Error) as error:
+                await bus._up.wait()
+        except TimeoutError:
+            reason = bus._last_error
             await bus.close()
-            reason = bus._complaint or bus._last_error or str(error)
             raise BusUnavailable(f"NATS does not answer at {bus._shown}: {reason}") from None
-        bus._is_up()
-        for work in (bus._send_forever(), bus._replace_lost_clients()):
-            task = asyncio.create_task(work, name="nats")
-            task.add_done_callback(bus._on_task_end)
-            bus._tasks.append(task)
+        except BaseException:
+            await bus.close()
+            raise
         return bus
 
     # --- the port
 
     @property
     def connected(self) -> bool:
-        return self._up.is_set() and self._client.is_connected
+        return self._up.is_set()
 
     @property
     def reconnected_at(self) -> float:
@@ -153,68 +123,69 @@ class NatsBus:
 
     @property
     def max_payload(self) -> int:
-        return int(self._client.max_payload)
+        return self._max_payload
 
     def publish(self, subject: str, data: bytes, reply: str = "") -> None:
-        if len(data) > self.max_payload:
-            raise PayloadTooLarge(f"{len(data)} bytes; one message carries at most {self.max_payload}")
-        _check_subject(subject)
-        if reply:
-            _check_subject(reply)
+        if len(data) > self._max_payload:
+            raise PayloadTooLarge(f"{len(data)} bytes; one message carries at most {self._max_payload}")
+        if _not_a_subject(subject) or (reply and _not_a_subject(reply)):
+            raise ValueError(f"not a subject: {subject!r}, reply {reply!r}")
         if self._closed:
             raise BusUnavailable("the bus is closed")
-        if self._out_bytes + len(data) > self._options.pending_bytes:
+        command = protocol.publish(subject, reply, data)
+        if self._out_bytes + len(command) > self._options.pending_bytes:
             self.stats.refused_publishes += 1
             raise BusUnavailable(f"{self._out_bytes} bytes wait for NATS already; {self._last_error or 'it is slow'}")
-        self._out.append((subject, data, reply))
-        self._out_bytes += len(data)
-        self._waiting.set()
-        self._all_sent.clear()
+        self._out.append(command)
+        self._out_bytes += len(command)
+        if not self._write_scheduled:
+            self._write_scheduled = True
+            self._loop.call_soon(self._write_out)
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> _Subscription:
         """Returns when the server has it. BusUnavailable if that takes longer than ``connect_timeout_s``."""
-
-        _check_subject(subject)
-        subscription = _Subscription(self, subject, queue, handler)
-        try:
-            await subscription.open(self._client)
-        except nats.errors.Error as error:
-            raise BusUnavailable(f"not subscribed to {subject}: {error}") from None
-        self._subscriptions[subscription] = None
+        subscription = self._add(subject, handler, queue)
         try:
             await self.flush(timeout_s=self._options.connect_timeout_s)
         except BaseException:
-            await subscription.unsubscribe()
+            self._remove(subscription.sid)
             raise
         return subscription
 
     async def request(self, subject: str, data: bytes, *, timeout_s: float) -> bytes:
+        if not self._inbox:
+            self._inbox = f"{self._options.inbox_prefix}.{new_name(self._name).replace('.', '-')}"
+            self._add(f"{self._inbox}.*", self._on_reply, "")
+        number = str(next(self._numbers))
+        answer: asyncio.Future[Message] = self._loop.create_future()
+        self._requests[number] = answer
         try:
             async with asyncio.timeout(timeout_s):
-                await self._up.wait()
-                answer = await self._client.request(subject, data, timeout=timeout_s)
-        except nats.errors.NoRespondersError:
-            raise NoWorkers(f"nobody listens on {subject}") from None
-        except (TimeoutError, nats.errors.TimeoutError):
+                self.publish(subject, data, reply=f"{self._inbox}.{number}")
+                message = await answer
+        except TimeoutError:
             raise RequestTimeout(f"no answer from {subject} within {timeout_s:g} s") from None
-        except nats.errors.MaxPayloadError:
-            raise PayloadTooLarge(f"{len(data)} bytes; one message carries at most {self.max_payload}") from None
-        except nats.errors.Error as error:
-            raise BusUnavailable(f"request to {subject}: {error}") from None
-        return answer.data
+        finally:
+            del self._requests[number]
+        if message.no_responders:
+            raise NoWorkers(f"nobody listens on {subject}")
+        return message.data
 
     async def flush(self, *, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
-                await self._up.wait()
-                await self._all_sent.wait()
-                # The client's PING overtakes what it has not written yet, so one flush is no barrier; during its
-                # round trip the rest is written, and the second one comes after.
-                for _ in range(2):
-                    await self._client.flush(timeout=timeout_s)  # type: ignore[arg-type]  # floats do as well
-        except (TimeoutError, OSError, nats.errors.Error) as error:
-            reason = self._last_error or str(error) or "slow"
-            raise BusUnavailable(f"NATS did not answer within {timeout_s:g} s: {reason}") from None
+                while True:
+                    await self._up.wait()
+                    connection = self._connection
+                    if connection is None or self._closed:
+                        raise BusUnavailable("the bus is closed")
+                    await connection.keeps_up.wait()
+                    self._write_out()
+                    if not self._out:
+                        break
+                await connection.ping()
+        except TimeoutError:
+            raise BusUnavailable(f"NATS did not answer within {timeout_s:g} s: {self._last_error or 'slow'}") from None
 
     async def close(self) -> None:
         """Sends what is buffered if the server takes it within a second."""
@@ -224,136 +195,165 @@ class NatsBus:
             with suppress(BusUnavailable):
                 await self.flush(timeout_s=1.0)
         self._closed = True
-        self._up.clear()
-        for task in self._tasks:
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        with suppress(TimeoutError, OSError, nats.errors.Error):
-            async with asyncio.timeout(1.0):
-                await self._client.close()
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait([self._keeper])
+        self._subscriptions.clear()
 
     # --- sending
 
-    async def _send_forever(self) -> None:
-        while True:
-            await self._waiting.wait()
-            self._waiting.clear()
-            while self._out:
-                await self._up.wait()
-                subject, data, reply = self._out[0]
-                try:
-                    await self._client.publish(subject, data, reply)
-                except nats.errors.OutboundBufferLimitError:
-                    await asyncio.sleep(self._options.reconnect_wait_s)
-                    continue
-                except nats.errors.ConnectionClosedError:  # it was given up; a new client is on its way
-                    self._is_down()
-                    continue
-                except (OSError, RuntimeError, nats.errors.Error) as error:
-                    self._complain(f"message to {subject} not sent: {error}")
-                self._out.popleft()
-                self._out_bytes -= len(data)
-            self._all_sent.set()
+    def _write_out(self) -> None:
+        self._write_scheduled = False
+        connection = self._connection
+        if not self._out or connection is None or not connection.keeps_up.is_set():
+            return
+        data = b"".join(self._out)
+        self._out.clear()
+        self._out_bytes = 0
+        connection.write(data)
+
+    def writable(self) -> None:
+        self._write_out()
+
+    def _command(self, command: bytes) -> None:
+        """In order with what was published before; not kept when there is no connection, which subscribes anew."""
+        if self._connection is not None:
+            self._out.append(command)
+            self._out_bytes += len(command)
+            self._write_out()
+
+    def _add(self, subject: str, handler: Handler, queue: str) -> _Subscription:
+        if _not_a_subject(subject) or (queue and _not_a_subject(queue)):
+            raise ValueError(f"not a subject: {subject!r}, queue {queue!r}")
+        if self._closed:
+            raise BusUnavailable("the bus is closed")
+        failures = FailureLog(self.stats, monotonic)
+        subscription = _Subscription(self, next(self._numbers), subject, queue, handler, failures)
+        self._subscriptions[subscription.sid] = subscription
+        self._command(protocol.subscribe(subscription.sid, subject, queue))
+        return subscription
+
+    def _remove(self, sid: int) -> None:
+        if self._subscriptions.pop(sid, None) is not None:
+            self._command(protocol.unsubscribe(sid))
+
+    # --- receiving
+
+    def delivered(self, delivery: protocol.Delivery) -> None:
+        subscription = self._subscriptions.get(delivery.sid)
+        if subscription is None:
+            return
+        no_responders = delivery.status == protocol.NO_RESPONDERS and not delivery.data
+        message = Message(delivery.subject, delivery.data, delivery.reply, no_responders)
+        try:
+            subscription.handler(message)
+        except Exception as error:  # one message's defect must not take the connection down: it is logged and counted
+            subscription.failures.failed(subscription.subject, message, error)
+
+    def _on_reply(self, message: Message) -> None:
+        waiter = self._requests.get(message.subject.rpartition(".")[2])
+        if waiter is not None and not waiter.done():
+            waiter.set_result(message)
+
+    def complained(self, message: str) -> None:
+        """Permission violations leave the connection up; after anything else the server closes it."""
+        self.stats.server_errors += 1
+        if message != self._last_error:  # attempts to reconnect hear the same over and over
+            logger.error("NATS: %s", message)
+        self._last_error = message
 
     # --- the connection
 
-    async def _replace_lost_clients(self) -> None:
-        """nats-py reconnects by itself, but gives up for good on some words of the server (authorization and limits
-        among them, that a restarting server may say), and a reconnect of its may die. Then a new client takes over."""
+    async def _keep_connected(self) -> None:
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_STUCK_S):
-                    await self._gave_up.wait()
-            if self.connected or not (self._gave_up.is_set() or self._is_stuck()):
-                continue
-            with suppress(TimeoutError, OSError, RuntimeError, nats.errors.Error):
-                async with asyncio.timeout(1.0):
-                    await self._client.close()
-            self._gave_up.clear()
-            self._client = Client()
+            server = next(self._servers)
             try:
-                async with asyncio.timeout(self._options.connect_timeout_s):
-                    await self._client.connect(self._servers, **self._client_options())
-                    for subscription in list(self._subscriptions):
-                        await subscription.open(self._client)
-            except (TimeoutError, OSError, RuntimeError, nats.errors.Error) as error:
-                self._complain(f"no new connection: {error or 'no answer'}")
-                self._gave_up.set()
-                await asyncio.sleep(self._options.reconnect_wait_s)
+                async with asyncio.timeout(self._options.attempt_timeout_s):
+                    connection = await self._open(server)
+            except (OSError, TimeoutError, protocol.ProtocolError, BusUnavailable) as error:
+                self._last_error = str(error) or f"no answer within {self._options.attempt_timeout_s:g} s"
             else:
-                self._is_up()
+                await self._serve(connection)
+            await asyncio.sleep(self._options.reconnect_wait_s * random.uniform(0.5, 1.5))
 
-    def _is_stuck(self) -> bool:
-        return not self._up.is_set() and monotonic() - self._down_at > _STUCK_S
+    async def _open(self, server: SplitResult) -> Connection:
+        """A connection that has passed INFO, TLS, CONNECT and the first PING."""
+        host, port = server.hostname or "", server.port or 4222
+        _, connection = await self._loop.create_connection(lambda: Connection(self), host, port)
+        try:
+            info = await connection.info
+            assert connection.transport is not None
+            if info.tls_required or self._options.tls is not None or server.scheme == "tls":
+                context = self._options.tls or ssl.create_default_context()
+                tls = await self._loop.start_tls(connection.transport, connection, context, server_hostname=host)
+                if tls is None:
+                    raise ConnectionError("the connection was lost during the TLS handshake")
+                connection.use(tls)
+            connection.write(protocol.connect(self._connect_fields()))
+            await connection.ping()
+        except BaseException:
+            connection.drop("gave up")
+            raise
+        self._max_payload = info.max_payload
+        return connection
 
-    def _client_options(self) -> dict[str, Any]:
+    def _connect_fields(self) -> dict[str, object]:
         options = self._options
-        return {
+        fields: dict[str, object] = {
+            "verbose": False,
+            "pedantic": False,
+            "lang": "python",
+            "version": "1",
+            "protocol": 1,
+            "headers": True,
+            "no_responders": True,
             "name": self._name,
-            "error_cb": self._on_error,
-            "disconnected_cb": self._async(self._is_down),
-            "reconnected_cb": self._async(self._is_up),
-            "closed_cb": self._async(self._gave_up.set),
-            "connect_timeout": options.attempt_timeout_s,
-            "reconnect_time_wait": options.reconnect_wait_s * random.uniform(0.5, 1.5),
-            "max_reconnect_attempts": -1,
-            "skip_subject_validation": True,  # done in publish and subscribe
-            "ping_interval": options.ping_interval_s,
-            "max_outstanding_pings": options.max_pings_out,
-            "flush_timeout": options.attempt_timeout_s,
-            "pending_size": _CLIENT_PENDING_BYTES,
-            "inbox_prefix": options.inbox_prefix,
-            "tls": options.tls,
-            "user": options.user or None,
-            "password": options.password or None,
-            "token": options.token or None,
         }
+        if options.user:
+            fields |= {"user": options.user, "pass": options.password}
+        if options.token:
+            fields["auth_token"] = options.token
+        return fields
 
-    @staticmethod
-    def _async(call: Callable[[], None]) -> Callable[[], Awaitable[None]]:
-        async def run() -> None:
-            call()
-
-        return run
-
-    def _is_up(self) -> None:
+    async def _serve(self, connection: Connection) -> None:
+        """From the handshake to the loss of the connection."""
+        for subscription in self._subscriptions.values():
+            connection.write(protocol.subscribe(subscription.sid, subscription.subject, subscription.queue))
+        self._connection = connection
         if self._reconnected_at:
             self.stats.reconnects += 1
             logger.info("NATS is back")
-        self._last_error = ""
         self._reconnected_at = monotonic()
+        self._last_error = ""
         self._up.set()
+        self._write_out()
+        try:
+            self._last_error = await self._ping_until_lost(connection)
+            logger.warning("NATS connection: %s", self._last_error)
+        finally:
+            self._up.clear()
+            self._connection = None
+            if connection.transport is not None:
+                connection.transport.close()
 
-    def _is_down(self) -> None:
-        self._up.clear()
-        self._down_at = monotonic()
+    async def _ping_until_lost(self, connection: Connection) -> str:
+        unanswered: list[asyncio.Future[None]] = []
+        while not connection.lost.done():
+            await asyncio.wait([connection.lost], timeout=self._options.ping_interval_s)
+            unanswered = [ping for ping in unanswered if not ping.done()]
+            if len(unanswered) >= self._options.max_pings_out:
+                connection.drop("no answer to pings")
+                await connection.lost
+            elif not connection.lost.done():
+                unanswered.append(connection.ping())
+        return connection.lost.result()
 
-    async def _on_error(self, error: Exception) -> None:
-        if isinstance(error, OSError | nats.errors.UnexpectedEOF | nats.errors.StaleConnectionError):
-            self._last_error = str(error) or type(error).__name__
-            if self._up.is_set():
-                logger.warning("NATS connection: %s", self._last_error)
-        else:
-            self._complain(str(error) or type(error).__name__)
-
-    def _on_task_end(self, task: asyncio.Task[None]) -> None:
-        """They end by ``close`` only; anything else is a defect, and better seen than buffered over."""
-        if not task.cancelled() and (error := task.exception()) is not None:
+    def _on_keeper_end(self, keeper: asyncio.Task[None]) -> None:
+        """It ends by ``close`` only; anything else is a defect, and better seen than buffered over."""
+        if not keeper.cancelled() and (error := keeper.exception()) is not None:
             self._closed = True
             self._up.clear()
             logger.critical("the bus is out of order and closed", exc_info=error)
-
-    def _complain(self, what: str) -> None:
-        self.stats.server_errors += 1
-        if what != self._last_error:  # attempts to reconnect say the same over and over
-            logger.error("NATS: %s", what)
-        self._last_error = self._complaint = what
-
-
-def _check_subject(subject: str) -> None:
-    if _NOT_A_SUBJECT.search(subject):
-        raise ValueError(f"not a subject: {subject!r}")
 
 
 def _parse_servers(url: str) -> list[SplitResult]:
@@ -371,7 +371,6 @@ def _without_user(server: SplitResult) -> str:
 
 
 def _with_user_of(server: SplitResult, options: NatsOptions) -> NatsOptions:
-    """nats-py takes what stands in a URL as it is, percent signs and all."""
     if options.user or options.token or not server.username:
         return options
     if server.password is None:
