@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tandem.core.placement import Candidate, Decision
+from tandem.core.queueing import Wait
 from tandem.core.types import Explanation, Plan, Request
 from tandem.errors import TandemError
 
@@ -19,6 +20,7 @@ class Place:
     priority: int  # for the engine's own queue: lower runs first
     decision: Decision
     candidate: Candidate
+    waited_for: Wait = Wait.TURN
 
     @property
     def explanation(self) -> Explanation:

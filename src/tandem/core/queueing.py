@@ -16,10 +16,21 @@ import heapq
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from tandem.core.policy import RequestClass, Tenant
 from tandem.core.snapshot import Depth
 from tandem.core.types import Request, RequestKey
+
+
+class Wait(Enum):
+    """What a request that waits waits for."""
+
+    TURN = "turn"  # others go first, or no worker has credit for anybody
+    CREDIT = "credit"  # the worker of its best plan has more prefill pending than its credit
+    ROOM = "room"  # no decode worker has KV room or a seat for it
+    GUARD = "guard"  # background: it would slow the streams beside it
+    WORKER = "worker"  # no worker of the fleet could take it at all
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +49,7 @@ class Entry:
     late: bool = False  # runs as best effort, behind the rest of its class
     blocked_since: float | None = None  # first time that a hard filter passed it over
     homeless_since: float | None = None  # first time that no worker of the fleet could have taken it
+    waits_for: Wait = Wait.TURN  # as it was last looked at
 
     def __lt__(self, other: Entry) -> bool:
         return (self.deadline, self.order) < (other.deadline, other.order)

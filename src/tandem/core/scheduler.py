@@ -36,7 +36,7 @@ from tandem.core.placement import (
 )
 from tandem.core.policy import Policy, RequestClass, Tenant
 from tandem.core.profiles import PROFILES, Profile
-from tandem.core.queueing import Entry, FairCounters, FairQueue
+from tandem.core.queueing import Entry, FairCounters, FairQueue, Wait
 from tandem.core.snapshot import Snapshot, worker_snapshot
 from tandem.core.types import Explanation, Plan, Request, RequestKey, WorkerLoad, WorkerSpec
 from tandem.errors import NoWorkers, QueueTimeout, TandemError
@@ -329,6 +329,7 @@ class Scheduler:
         else:
             if self._recall_for(entry, decision.best, now, effects):
                 return self._try(entry, now, effects)
+            entry.waits_for = Wait.CREDIT
             self._look_again(now + max(_MIN_WAKEUP_S, decision.best.pending_s - inquiry.credit_s))
             if inquiry.waited_s < self.policy.hold_s:
                 self._look_again(now + self.policy.hold_s - inquiry.waited_s)
@@ -404,7 +405,8 @@ class Scheduler:
         charge = job.charged_input + job.charged_output
         self._queue.charge(request.tenant, charge)
         self._queue.count_share(entry.request_class.name, charge, now)
-        effects.append(Place(request, candidate.plan, cached, entry.request_class.rank, decision, candidate))
+        rank = entry.request_class.rank
+        effects.append(Place(request, candidate.plan, cached, rank, decision, candidate, entry.waits_for))
 
     def _book(self, candidate: Candidate, inquiry: Inquiry, cached: int, now: float) -> None:
         """Takes prefill credit on the first worker and KV room on every worker of the plan."""
@@ -431,9 +433,11 @@ class Scheduler:
         if not fits_somewhere(entry.request, fleet.decoders, inquiry.avoid):
             if entry.homeless_since is None:
                 entry.homeless_since = now
+            entry.waits_for = Wait.WORKER
             self._queue.park(entry)
             return
         entry.homeless_since = None
+        entry.waits_for = Wait.GUARD if decision.guarded else Wait.ROOM
         if decision.guarded:
             self._look_again(now + self.policy.credit_s)
             return
