@@ -111,6 +111,7 @@ class Class(_Part):
     name: str = Field(description="what a request names")
     rank: int = Field(0, description="lower goes first")
     ttft_slo_s: float | None = Field(None, gt=0, description="opt-in SLO: seconds to the first token")
+    ttft_slo_per_token_s: float = Field(0.0, ge=0, description="added to ttft_slo_s for each prompt token")
     tpot_slo_s: float | None = Field(None, gt=0, description="opt-in SLO: mean seconds per output token")
     ordering_deadline_s: float = Field(5.0, gt=0, description="orders requests of equal standing; refuses nothing")
     timeout_s: float = Field(600.0, gt=0, description="hard limit of a request, seconds")
@@ -138,6 +139,10 @@ class Tenant(_Part):
 class Limits(_Part):
     max_body_bytes: int = Field(8_000_000, gt=0, description="HTTP request body, gRPC message")
     max_connections: int = Field(10_000, gt=0, description="open HTTP connections of one frontend")
+    header_timeout_s: float = Field(
+        30.0, gt=0, description="an HTTP connection whose request's headers take longer is closed"
+    )
+    write_timeout_s: float = Field(30.0, gt=0, description="so is one whose reader takes nothing for this long")
     max_n: int = Field(16, gt=0, description="largest `n`")
     max_stop: int = Field(16, gt=0, description="stop strings in a request")
 

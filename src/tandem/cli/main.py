@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("tandem.cli.chat", "talk to a model of a running cluster"),
     "status": ("tandem.cli.status", "show workers, roles, load and leaders of a running cluster"),
     "sim": ("tandem.sim.cli", "replay a workload on a simulated fleet, in virtual time"),
+    "plan": ("tandem.cli.plan", "find the cheapest fleet that serves a workload"),
     "profile": ("tandem.cli.profile", "fit a timing profile to this machine's engine"),
     "version": ("tandem.cli.version", "print the version"),
 }

@@ -102,7 +102,7 @@ def make_fleet(
         match = _SPLIT.fullmatch(part)
         if match is None:
             raise ConfigError(f"a fleet is written like 3P5D, 8D or 4P0D@KIND+4D@KIND, not {split!r}", param="fleet")
-        kind = _hardware_named(match[3] or hardware)
+        kind = hardware_named(match[3] or hardware)
         if kv_tokens:
             kind = replace(kind, kv_tokens=kv_tokens)
         for _ in range(int(match[1] or 0)):
@@ -119,7 +119,7 @@ def make_fleet(
     return fleet
 
 
-def _hardware_named(name: str) -> Hardware:
+def hardware_named(name: str) -> Hardware:
     if profile_file.is_file(name):
         return _measured(profile_file.load(Path(name)))
     if name not in HARDWARE:

@@ -139,6 +139,7 @@ def tw_goodput(
     start_rate: float,
     seen: Callable[[float, bool], None] | None = None,
     tried: Callable[[Setup, float], bool] = tw_holds,
+    precision: float = _PRECISION,
 ) -> float:
     """The highest mean rate (requests per second, to 3 %) at which TW attainment holds; 0 if at none tried.
 
@@ -160,7 +161,7 @@ def tw_goodput(
             high, low = low, low / 1.5
             if low < start_rate / 50.0:
                 return 0.0
-    while high / low > 1.0 + _PRECISION:
+    while high / low > 1.0 + precision:
         middle = (low * high) ** 0.5
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low
