@@ -15,6 +15,7 @@ from services.router.metrics import RouterMetrics
 from services.router.model_router import ModelRouter, Ports
 from services.router.recording import RecordingScheduler, recording_for
 from services.router.service import RouterControl
+from services.router.tracing import RouterTraces
 from tandem.adapters import clock, timing
 from tandem.adapters.addresses import own_address
 from tandem.adapters.deployment import Deployment, Model, read
@@ -22,6 +23,7 @@ from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
 from tandem.adapters.process_metrics import instruments_of, label_domains, metrics_endpoint
 from tandem.adapters.redis_store import RedisCounters, RedisLeases, RedisPrefixIndex, RedisRegistry, connect
+from tandem.adapters.traces import open_tracing
 from tandem.core.policy import RequestClass, Tenant, policy_from
 from tandem.core.scheduler import Scheduler
 from tandem.errors import ConfigError
@@ -42,6 +44,8 @@ async def run(settings: RouterSettings) -> None:
         stack.push_async_callback(redis.aclose)
         cluster = deployment.cluster
         instruments = instruments_of("router", deployment, bus)
+        tracing = open_tracing(settings, "router", cluster=cluster, instance=router)
+        stack.push_async_callback(tracing.close)
         ports = Ports(
             bus,
             RedisRegistry(redis, cluster),
@@ -59,6 +63,7 @@ async def run(settings: RouterSettings) -> None:
                 scheduler=stack.enter_context(_scheduler(settings, deployment, model, router)),
                 ports=ports,
                 metrics=RouterMetrics(instruments, model.name, [c.name for c in deployment.classes]),
+                traces=RouterTraces(tracing, router, clock.monotonic),
                 now=clock.monotonic,
             )
             for model in deployment.models

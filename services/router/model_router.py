@@ -20,6 +20,7 @@ from services.router.fences import Fences
 from services.router.fleet import Fleet, FleetListener, Loss
 from services.router.leadership import Leadership
 from services.router.metrics import RouterMetrics
+from services.router.tracing import RouterTraces, Stay
 from tandem.adapters.bus import Bus, Message
 from tandem.adapters.deployment import Liveness
 from tandem.adapters.grpc_server import open_channel
@@ -30,6 +31,7 @@ from tandem.core.scheduler import Scheduler
 from tandem.core.types import Explanation, Leg, Request, RequestKey, WorkerSpec
 from tandem.errors import (
     BusUnavailable,
+    Cancelled,
     NoLeader,
     PayloadTooLarge,
     Refused,
@@ -56,6 +58,9 @@ class _Submitted:
     raw: bytes  # until it is placed: prompts are large
     frontend: str
     rid: int
+    received_s: float
+    #: While it waits here, if it is traced.
+    stay: Stay | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class ModelRouter:
         scheduler: Scheduler,
         ports: Ports,
         metrics: RouterMetrics,
+        traces: RouterTraces,
         now: Callable[[], float],
     ) -> None:
         self._settings = settings
@@ -90,6 +96,7 @@ class ModelRouter:
         self._index = ports.index
         self._counters = ports.counters
         self._metrics = metrics
+        self._traces = traces
         self._now = now
         self._submitted: dict[RequestKey, _Submitted] = {}
         #: Of these, those about which the index is being asked: the scheduler does not know them yet.
@@ -167,8 +174,10 @@ class ModelRouter:
         key = codec.key_from_wire(submit.key)
         if key in self._submitted or self._fences.holds(key):
             return None  # delivered twice: the first answer stands; or nobody waits for one
-        request = codec.request_from_wire(submit, now=self._now())
-        self._submitted[key] = _Submitted(message.data, submit.frontend, submit.rid)
+        now = self._now()
+        request = codec.request_from_wire(submit, now=now)
+        stay = self._traces.arrived(submit.traceparent, request)
+        self._submitted[key] = _Submitted(message.data, submit.frontend, submit.rid, now, stay)
         self._looking.add(key)
         assert self._tasks is not None
         self._tasks.create_task(self._take(request, submit.block_hashes))
@@ -179,6 +188,9 @@ class ModelRouter:
         if request.key not in self._looking:
             return  # cancelled while we looked
         self._looking.remove(request.key)
+        stay = self._submitted[request.key].stay
+        if stay is not None:
+            self._traces.queued(stay, cached, self.scheduler.num_queued)
         try:
             self.scheduler.submit(request, cached, self._now())
         except TandemError as error:
@@ -212,7 +224,9 @@ class ModelRouter:
         ended += [k for k in looking if choice in (None, k.choice)]
         self._looking.difference_update(ended)
         for key in ended:
-            self._submitted.pop(key, None)
+            submitted = self._submitted.pop(key, None)
+            if submitted is not None and submitted.stay is not None:
+                self._traces.ended(submitted.stay, Cancelled("not wanted any more"))
         self._poll()
 
     # -- from workers ----------------------------------------------------------------------------------------------
@@ -378,6 +392,7 @@ class ModelRouter:
             submit=submitted.raw,
             predicted_cached_tokens=effect.cached_tokens,
             priority=effect.priority,
+            queued_s=self._now() - submitted.received_s,
         )
         if plan.leg is Leg.PREFILL:
             assignment.decode.CopyFrom(codec.address_to_wire(self.fleet.members[plan.decode_worker].spec.address))
@@ -387,6 +402,9 @@ class ModelRouter:
         if not self._publish(subjects.work(self._cluster, first), data, reply):
             self._fail(key, WorkerLostError(f"assignment to {first} could not be sent"))
         submitted.raw = b""
+        if submitted.stay is not None:
+            self._traces.placed(submitted.stay, effect)
+            submitted.stay = None
         self._metrics.placed(effect, self._now())
 
     @property
@@ -403,6 +421,9 @@ class ModelRouter:
         submitted = self._submitted.pop(key, None)
         if submitted is not None:
             self._reject(submitted.frontend, submitted.rid, error)
+            if submitted.stay is not None:
+                self._traces.ended(submitted.stay, error)
+                submitted.stay = None
 
     def _fail(self, key: RequestKey, error: TandemError) -> None:
         """A request that was ours to run is not any more: its frontend submits again."""

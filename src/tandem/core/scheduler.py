@@ -550,6 +550,10 @@ class Scheduler:
         job = self._ledger.find(key)
         return job.plan if job else None
 
+    @property
+    def num_queued(self) -> int:
+        return self._ledger.num_queued()
+
     def queued(self) -> list[RequestKey]:
         """Keys that wait, in the order of their submission."""
         return self._ledger.queued()

@@ -112,6 +112,11 @@ LEG = _attribute("tandem.leg", _TEXT, "`prefill`: remote, KV handed over; `local
 DECODE_WORKER = _attribute("tandem.decode.worker", _TEXT, "where tokens are produced")
 PREFILL_WORKER = _attribute("tandem.prefill.worker", _TEXT, "where the prompt is computed")
 SUMMARY = _attribute("tandem.route.summary", _TEXT, "the decision in words")
+CHOICE_REASON = _attribute(
+    "tandem.route.reason",
+    _TEXT,
+    "why this plan, in a word: `only`, `pace`, `prefix` or `load` (as the metric of placements has it)",
+)
 PREDICTED_TTFT = _attribute("tandem.route.predicted_ttft_ms", _FLOAT, "from arrival at the frontend to the first token")
 PREDICTED_PREFILL = _attribute("tandem.route.predicted_prefill_ms", _FLOAT, "what is pending there included")
 PREDICTED_TRANSFER = _attribute("tandem.route.predicted_transfer_ms", _FLOAT, "of the KV; 0 on a local leg")
@@ -228,7 +233,7 @@ ROUTE = Span(
     "term of every candidate's cost.",
     always=(*_KEY, ROUTER, TENANT, REQUEST_CLASS, INPUT_TOKENS, INDEX_MS),
     attributes=(
-        LEG, DECODE_WORKER, PREFILL_WORKER, SUMMARY, PREDICTED_TTFT, PREDICTED_PREFILL, PREDICTED_TRANSFER,
+        LEG, DECODE_WORKER, PREFILL_WORKER, SUMMARY, CHOICE_REASON, PREDICTED_TTFT, PREDICTED_PREFILL, PREDICTED_TRANSFER,
         PREDICTED_ITL, PREDICTED_CACHED, NUM_CANDIDATES, CANDIDATE_DECODE, CANDIDATE_PREFILL, CANDIDATE_CACHED,
         CANDIDATE_SCORE, CANDIDATE_CHOSEN, *CANDIDATE_TERMS.values(), EXCLUDED_WORKER, EXCLUDED_REASON, ERROR_TYPE,
     ),

@@ -14,6 +14,7 @@ import pytest
 from services.router.config import RouterSettings
 from services.router.metrics import RouterMetrics
 from services.router.model_router import ModelRouter, Ports
+from services.router.tracing import RouterTraces
 from tandem.adapters import clock
 from tandem.adapters.bus import Message
 from tandem.adapters.deployment import Liveness
@@ -24,6 +25,7 @@ from tandem.core.policy import Policy, RequestClass
 from tandem.core.scheduler import Scheduler
 from tandem.core.types import RequestKey, Role, SamplingParams, WorkerAddress, WorkerSpec
 from tandem.telemetry.instruments import Instruments
+from tandem.telemetry.tracing import OFF
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import codec, subjects
 
@@ -68,6 +70,7 @@ class World:
             scheduler=Scheduler(Policy(), classes={"": RequestClass(name="")}, tenants={}, rng=random.Random(0)),
             ports=ports,
             metrics=RouterMetrics(Instruments("router", {"model": {"m"}, "tenant": {"t"}, "class": {""}}), "m", [""]),
+            traces=RouterTraces(OFF, "router", clock.monotonic),
             now=clock.monotonic,
         )
 
