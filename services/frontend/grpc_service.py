@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NoReturn
 
 import grpc
 
@@ -27,10 +27,18 @@ _LISTS = ("stop", "stop_token_ids")
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Deadlines and cancellation are gRPC's own: either ends the request wherever it is."""
 
-    def __init__(self, intake: Intake, generations: Generations, embedder: Embedder) -> None:
+    def __init__(
+        self,
+        intake: Intake,
+        generations: Generations,
+        embedder: Embedder,
+        told: Callable[[TandemError], None] = lambda error: None,
+    ) -> None:
+        """``told`` hears each error that a client is told of."""
         self._intake = intake
         self._generations = generations
         self._embedder = embedder
+        self._told = told
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -48,7 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 _close(response, deltas, generation)
                 yield response
         except TandemError as error:
-            await abort_with(context, error)
+            await self._refuse(context, error)
         finally:
             if generation is not None:
                 generation.cancel()
@@ -70,7 +78,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 if response.text or response.reasoning or response.HasField("usage"):
                     yield response
         except TandemError as error:
-            await abort_with(context, error)
+            await self._refuse(context, error)
         finally:
             if generation is not None:
                 generation.cancel()
@@ -81,7 +89,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             return await self._embed(request, context)
         except TandemError as error:
-            return await abort_with(context, error)
+            return await self._refuse(context, error)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -89,12 +97,16 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             self._caller(context)
         except TandemError as error:
-            await abort_with(context, error)
+            await self._refuse(context, error)
         models = [
             inference_pb2.Model(name=model.name, max_model_len=model.max_model_len)
             for model in self._intake.models.values()
         ]
         return inference_pb2.ListModelsResponse(models=models)
+
+    async def _refuse(self, context: grpc.aio.ServicerContext[Any, Any], error: TandemError) -> NoReturn:
+        self._told(error)
+        await abort_with(context, error)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -118,6 +130,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             [prompt],
             _options(request.options),
             id="gen-" + uuid.uuid4().hex,
+            operation="text_completion",
             param=kind,
             streaming=True,
             arrival_s=arrival_s,

@@ -111,6 +111,7 @@ class OpenAIRoutes:
             prompts,
             wanted,
             id="cmpl-" + uuid.uuid4().hex,
+            operation="text_completion",
             param="prompt",
             n=n,
             streaming=bool(wanted.stream),
