@@ -16,6 +16,7 @@ from tandem.adapters.redis_client import connect
 from tandem.adapters.redis_store import MAX_SLOTS, RedisPrefixIndex, RedisRegistry
 from tandem.core.blocks import root_hash, sequence_hashes, token_bytes
 from tandem.core.types import WorkerSpec
+from tandem.errors import StoreUnavailable
 
 from .stores import MODEL, RedisWorld, World, open_world, spec
 
@@ -234,3 +235,48 @@ async def test_a_drop_cut_short_leaves_the_slot_masked_until_it_is_dropped_or_re
         assert await index.update(mine, add=prompt[:7], remove=[])
         assert await index.lookup(MODEL, packed(prompt)) == {mine.slot: 7}
     await client.aclose()
+
+
+async def test_a_server_that_is_paused_costs_lookups_a_deadline_and_one_that_was_replaced_nothing() -> None:
+    async with RedisServer() as server:
+        client = await connect(server.url, timeout_s=0.5)
+        registry, index = RedisRegistry(client, "c"), RedisPrefixIndex(client, "c")
+        worker = await registry.register(spec("w1", 1), ttl_s=TTL_S)
+        await index.update(worker, add=chain(1, 2), remove=[])
+        server.pause()
+        asked = [index.lookup(MODEL, packed(chain(1, 2))) for _ in range(50)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {StoreUnavailable}
+        server.resume()
+        async with asyncio.timeout(20):
+            while await _looked_up(index) != {worker.slot: 2}:
+                await asyncio.sleep(0.05)
+        await server.restart()  # it knows no script now
+        async with asyncio.timeout(20):
+            while await _looked_up(index) != {}:
+                await asyncio.sleep(0.05)
+        answers = await asyncio.gather(*(index.lookup(MODEL, packed(chain(1))) for _ in range(200)))
+        assert answers == [{}] * 200
+        await client.aclose()
+        with pytest.raises(StoreUnavailable):
+            await index.lookup(MODEL, packed(chain(1)))
+
+
+async def _looked_up(index: RedisPrefixIndex) -> object:
+    try:
+        return await index.lookup(MODEL, packed(chain(1, 2)))
+    except StoreUnavailable:
+        return None
+
+
+async def test_lookups_with_a_password_and_another_database() -> None:
+    async with RedisServer() as server:
+        first = await connect(server.url)
+        await first.call("CONFIG", "SET", "requirepass", "p@ss/word")
+        client = await connect(server.url.replace("//", "//:p%40ss%2Fword@").replace("/0", "/3"))
+        registry, index = RedisRegistry(client, "c"), RedisPrefixIndex(client, "c")
+        worker = await registry.register(spec("w1", 1), ttl_s=TTL_S)
+        await index.update(worker, add=chain(1, 2), remove=[])
+        assert await index.lookup(MODEL, packed(chain(1, 2, 3))) == {worker.slot: 2}
+        await client.aclose()
+        await first.aclose()

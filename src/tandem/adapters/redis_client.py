@@ -1,4 +1,4 @@
-"""Calls to Redis with a deadline each and one kind of failure, over redis-py.
+"""Calls to Redis with a deadline each and one kind of failure, over redis-py (look-ups: over redis_pipe.py).
 
 Whatever keeps Redis from answering - away, restarting, too slow, refusing - is StoreUnavailable; the next call tries
 anew. Any other error reply is a defect of ours: InternalError.
@@ -7,10 +7,8 @@ anew. Any other error reply is a defect of ours: InternalError.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import resources
 from typing import Any
 
 import redis.exceptions as redis_errors
@@ -18,9 +16,12 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from tandem.adapters.redis_pipe import RedisPipe
+from tandem.adapters.redis_script import Argument, Script
 from tandem.errors import ConfigError, InternalError, StoreUnavailable
 
-Argument = str | bytes | int | float
+__all__ = ["Argument", "RedisClient", "Script", "connect"]
+
 _MAX_CONNECTIONS = 16
 #: Of the error replies, those that say that the server cannot serve now.
 _AWAY = (
@@ -35,16 +36,6 @@ _AWAY = (
     OSError,
     TimeoutError,
 )
-
-
-class Script:
-    """Lua from this package's ``lua`` folder: the named files, one after the other, as one script."""
-
-    def __init__(self, *names: str) -> None:
-        folder = resources.files("tandem.adapters") / "lua"
-        self.name = names[-1]
-        self.source = "\n".join((folder / f"{name}.lua").read_text() for name in names)
-        self.sha = hashlib.sha1(self.source.encode(), usedforsecurity=False).hexdigest()
 
 
 class RedisClient:
@@ -65,6 +56,7 @@ class RedisClient:
                 retry=Retry(NoBackoff(), 1, supported_errors=(redis_errors.ConnectionError,)),
             )
             self._redis = Redis.from_pool(pool)
+            self._pipe = RedisPipe(url, timeout_s=timeout_s)
         except ValueError as error:
             raise ConfigError(f"not a Redis URL: {error}", param="url") from None
         self._timeout_s = timeout_s
@@ -77,6 +69,10 @@ class RedisClient:
             return await self._call(script.name, "EVALSHA", script.sha, len(keys), *keys, *args)
         except redis_errors.NoScriptError:
             return await self._call(script.name, "EVAL", script.source, len(keys), *keys, *args)
+
+    async def look(self, script: Script, keys: Sequence[str], *args: Argument) -> Any:
+        """As ``run``, over a connection for short calls only, which many can share at a time."""
+        return await self._pipe.run(script, keys, *args)
 
     async def call(self, *command: Argument) -> Any:
         return await self._call(str(command[0]), *command)
@@ -113,6 +109,7 @@ class RedisClient:
 
     async def aclose(self) -> None:
         self._closed = True
+        self._pipe.close()
         tasks = [*self._background]
         for task in tasks:
             task.cancel()

@@ -174,7 +174,7 @@ class RedisPrefixIndex:
         self._sweeping: set[str] = set()
 
     async def lookup(self, model: str, hashes: bytes) -> Mapping[int, int]:
-        flat: list[Any] = await self._redis.run(_LOOKUP, self._keys, encode(model), hashes)
+        flat: list[Any] = await self._redis.look(_LOOKUP, self._keys, encode(model), hashes)
         return {
             8 * place + bit: depth
             for depth, bitmap in zip(flat[::2], flat[1::2], strict=True)
