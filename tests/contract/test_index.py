@@ -249,11 +249,11 @@ async def test_a_server_that_is_paused_costs_lookups_a_deadline_and_one_that_was
         assert {type(answer) for answer in answers} == {StoreUnavailable}
         server.resume()
         async with asyncio.timeout(20):
-            while await _looked_up(index) != {worker.slot: 2}:
+            while await _looked_up(index) != {worker.slot: 2}:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         await server.restart()  # it knows no script now
         async with asyncio.timeout(20):
-            while await _looked_up(index) != {}:
+            while await _looked_up(index) != {}:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         answers = await asyncio.gather(*(index.lookup(MODEL, packed(chain(1))) for _ in range(200)))
         assert answers == [{}] * 200
