@@ -33,6 +33,7 @@ from tandem.adapters.bus import Bus, Message
 from tandem.adapters.deployment import Deployment
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
+from tandem.adapters.process_metrics import instruments_of, metrics_endpoint
 from tandem.errors import ConfigError
 from tandem.spacetime.model import KINDS
 from tandem.telemetry import spans as names
@@ -245,6 +246,7 @@ async def run(settings: ConsoleSettings) -> None:
         bus = await NatsBus.connect(settings.nats_url, name=settings.instance or "console")
         stack.push_async_callback(bus.close)
         console = Console(settings, wanted, bus)
+        await stack.enter_async_context(metrics_endpoint(settings, instruments_of("console", wanted, bus)))
         await console.start()
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(console.run(), name="console")

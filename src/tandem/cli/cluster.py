@@ -55,6 +55,10 @@ class Service:
     def grpc(self) -> str:
         return f"{self.grpc_host}:{self.grpc_port}"
 
+    @property
+    def metrics(self) -> str:
+        return f"{self.env['TANDEM_METRICS_HOST']}:{self.env['TANDEM_METRICS_PORT']}"
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -84,6 +88,8 @@ class Surroundings:
             "TANDEM_INSTANCE": name,
             "TANDEM_GRPC_HOST": grpc_host,
             "TANDEM_GRPC_PORT": str(grpc_port),
+            "TANDEM_METRICS_HOST": LOOPBACK,
+            "TANDEM_METRICS_PORT": str(self.free_port()),
             **more,
         }
 
@@ -123,7 +129,6 @@ def _worker(model: Model, pool: Pool, n: int, deployment: Deployment, around: Su
         "TANDEM_RUN_DIR": str(around.worker_dir(name)),
         "TANDEM_KV_HOST": LOOPBACK,
         "TANDEM_KV_PORT": str(around.free_port()),
-        "TANDEM_DRAIN_TIMEOUT_S": str(DRAIN_S),
     }
     # An aggregated worker is a decode worker that never gets a handoff.
     kind = Kind.PREFILL if pool.role is PoolRole.PREFILL else Kind.DECODE
@@ -150,7 +155,6 @@ def _frontend(n: int, deployment: Deployment, around: Surroundings) -> Service:
     own = {
         "TANDEM_HTTP_HOST": http.host,
         "TANDEM_HTTP_PORT": str(http.port + n),
-        "TANDEM_DRAIN_TIMEOUT_S": str(DRAIN_S),
     }
     env = around.env(name, grpc.host, grpc.port + n, **own)
     return Service(name, Kind.FRONTEND, env, grpc.host, grpc.port + n, http.host, http.port + n)

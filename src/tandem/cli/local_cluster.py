@@ -154,6 +154,7 @@ class LocalCluster:
             state=child.state.value,
             restarts=child.restarts,
             grpc=service.grpc if service else "",
+            metrics=service.metrics if service else "",
         )
 
     def _of(self, *kinds: Kind) -> list[str]:

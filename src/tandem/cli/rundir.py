@@ -3,6 +3,7 @@
     $XDG_RUNTIME_DIR/tandem/<cluster>-<http port>/     else ~/.cache/tandem/run/...
         lock              held (flock) by the supervisor as long as it lives; the kernel lets go of it
         state.json        URLs, processes
+        prometheus.json   where the processes' metrics are, as a Prometheus' file_sd_configs reads it
         deployment.yaml   the effective deployment, which every process of the cluster reads
         <worker>/         that worker's sockets
 
@@ -23,7 +24,7 @@ import msgspec
 
 from tandem.errors import ConfigError
 
-_STATE, _LOCK, DEPLOYMENT = "state.json", "lock", "deployment.yaml"
+_STATE, _TARGETS, _LOCK, DEPLOYMENT = "state.json", "prometheus.json", "lock", "deployment.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,8 @@ class ProcessState:
     restarts: int
     #: host:port of its gRPC server; "" = none.
     grpc: str = ""
+    #: host:port of its Prometheus endpoint; "" = none.
+    metrics: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,19 @@ class ClusterState:
 
 def to_json(state: ClusterState) -> bytes:
     return msgspec.json.format(msgspec.json.encode(state), indent=1)
+
+
+def metrics_targets(state: ClusterState) -> bytes:
+    """For Prometheus: every process's endpoint, and what it is."""
+    groups = [
+        {
+            "targets": [process.metrics],
+            "labels": {"job": "tandem", "cluster": state.cluster, "process": process.name},
+        }
+        for process in state.processes
+        if process.metrics
+    ]
+    return msgspec.json.format(msgspec.json.encode(groups), indent=1)
 
 
 def run_root() -> Path:
@@ -109,9 +125,10 @@ class RunDir:
         return path
 
     def write_state(self, state: ClusterState) -> None:
-        fresh = self.path / f".{_STATE}"
-        fresh.write_bytes(to_json(state))
-        fresh.replace(self.path / _STATE)
+        for name, content in ((_STATE, to_json(state)), (_TARGETS, metrics_targets(state))):
+            fresh = self.path / f".{name}"
+            fresh.write_bytes(content)
+            fresh.replace(self.path / name)
 
     def _empty(self) -> None:
         for entry in self.path.iterdir():

@@ -84,8 +84,11 @@ def as_text(
     lines = []
     if state is not None:
         lines.append(f"cluster {state.cluster}: {' '.join(state.http)}, gRPC {' '.join(state.grpc)}")
-        rows = [(p.name, p.kind, p.state, p.pid or "-", p.restarts, p.grpc or "-") for p in state.processes]
-        lines += ["", *table(("process", "kind", "state", "pid", "restarts", "gRPC"), rows)]
+        rows = [
+            (p.name, p.kind, p.state, p.pid or "-", p.restarts, p.grpc or "-", p.metrics or "-")
+            for p in state.processes
+        ]
+        lines += ["", *table(("process", "kind", "state", "pid", "restarts", "gRPC", "metrics"), rows)]
     lines += ["", *table(("model", "leader", "epoch"), [(x.model, x.router or "none", x.epoch) for x in leaders])]
     lines += ["", *table(_WORKER_COLUMNS, [_worker_row(worker) for worker in workers])]
     return lines

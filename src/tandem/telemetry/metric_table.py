@@ -69,7 +69,7 @@ OUTCOME = Label("outcome", "how it ended on this worker", ("finished", "handed_o
 FAILURE = Label("reason", "`claim`: not granted or not answered; `pull`: the KV did not come; `tainted`: it was read "
                 "after its lease; `undeliverable`: nobody took the handoff",
                 ("claim", "pull", "tainted", "undeliverable"))  # fmt: skip
-SERVICE = Label("service", "which service", ("frontend", "router", "prefill", "decode"))
+SERVICE = Label("service", "which service", ("frontend", "router", "prefill", "decode", "console"))
 VERSION = Label("version", "of Tandem; one value in each process")
 
 OPERATION = Label("gen_ai_operation_name", "of the request", ("chat", "text_completion", "embeddings"))
@@ -99,7 +99,7 @@ _TRANSFER = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.
 FRONTEND = ("frontend",)
 ROUTER = ("router",)
 WORKERS = ("prefill", "decode")
-ALL = ("frontend", "router", "prefill", "decode")
+ALL = SERVICE.values
 
 _GEN_AI = (OPERATION, PROVIDER, REQUEST_MODEL, TENANT, CLASS)
 _SCOPE = (MODEL, TENANT, CLASS)
