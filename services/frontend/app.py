@@ -35,13 +35,15 @@ from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
 from tandem.adapters.process_metrics import instruments_of, metrics_endpoint
 from tandem.adapters.traces import open_tracing
-from tandem.errors import ConfigError, Refused
+from tandem.errors import ConfigError, Leaving
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 
 log = logging.getLogger(__name__)
 
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
+#: From the first refusal of new requests to the closing of connections.
+LAME_DUCK_S = 0.25
 #: After the drain's time: for clients to read why their answers end.
 LAST_WORDS_S = 2
 
@@ -62,6 +64,8 @@ class Frontend:
         self._deployment = wanted
         self._draining = False
         self._last_call: asyncio.TimerHandle | None = None
+        #: Somebody wants it to leave.
+        self.leaving = asyncio.Event()
         self._stopped = asyncio.Event()
         name = settings.instance or clock.new_name("frontend")
         # A restarted frontend hears nothing that is meant for its former self.
@@ -100,7 +104,9 @@ class Frontend:
                 log_config=None,
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=int(settings.drain_timeout_s) + LAST_WORDS_S,
-                **connections.options(),
+                **connections.options(
+                    header_timeout_s=wanted.limits.header_timeout_s, write_timeout_s=wanted.limits.write_timeout_s
+                ),
             )
         )
         self._grpc = GrpcServer(
@@ -130,6 +136,15 @@ class Frontend:
     def _crowded(self) -> bool:
         return len(self._http.server_state.connections) > self._deployment.limits.max_connections
 
+    def reload(self) -> None:
+        """Tenants and classes anew, for requests from now on. A wrong file changes nothing."""
+        try:
+            self._intake.reconfigure(deployment.read(self._settings.deployment))
+        except ConfigError as error:
+            log.error("deployment file not reloaded: %s", error.message)
+            return
+        log.info("reloaded tenants and classes")
+
     async def start(self) -> None:
         """Returns when connections are accepted. ConfigError if a port is taken."""
         host = self._settings.http_host or self._deployment.http.host
@@ -148,16 +163,26 @@ class Frontend:
             await self._stopped.wait()  # answers over gRPC have deadlines too
             sweep.cancel()
 
+    def leave(self, within_s: float) -> None:
+        """Begins to. Answers that are open after ``within_s`` end with an error; told again, the sooner counts."""
+        loop = asyncio.get_running_loop()
+        if self._last_call is None or loop.time() + within_s < self._last_call.when():
+            if self._last_call is not None:
+                self._last_call.cancel()
+            error = Leaving("this server is leaving, and its time for open answers is over")
+            self._last_call = loop.call_later(within_s, self.cluster.give_up, error)
+        self.leaving.set()
+
     async def stop(self) -> None:
         """No new requests from now on; returns when open answers have ended, or their time is over."""
+        self.leave(self._settings.drain_timeout_s)
         self._draining = True
         log.info("leaving: %d requests open", len(self.generations))
+        # Who asks now hears why, and may go elsewhere; then connections are closed to new requests, which gRPC tells
+        # its clients as well. Calls that it has taken in and not begun by then it would end without a word.
+        self.generations.refuse(Leaving("this server is leaving"))
+        await asyncio.sleep(LAME_DUCK_S)
         self._http.should_exit = True
-        self._last_call = asyncio.get_running_loop().call_later(
-            self._settings.drain_timeout_s,
-            self.cluster.give_up,
-            Refused("this server is leaving, and its time for open answers is over"),
-        )
         await self._grpc.stop(self._settings.drain_timeout_s + LAST_WORDS_S)
         self._stopped.set()
 
@@ -185,20 +210,20 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def run(settings: FrontendSettings) -> None:
-    """The process: until SIGTERM or SIGINT."""
-    leave = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, leave.set)
+    """The process: until SIGTERM, which lets open answers end, or SIGINT, which gives them less time for it."""
     wanted = deployment.read(settings.deployment)
     bus = await NatsBus.connect(settings.nats_url, name=settings.instance or "frontend")
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(bus.close)
         frontend = Frontend(settings, wanted, bus)
         stack.push_async_callback(frontend.close)
+        loop.add_signal_handler(signal.SIGHUP, frontend.reload)
         await stack.enter_async_context(metrics_endpoint(settings, frontend.instruments))
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, frontend.leave, settings.drain_timeout_s)
+        loop.add_signal_handler(signal.SIGINT, frontend.leave, settings.interrupt_timeout_s)
         await frontend.start()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(frontend.run(), name="serve")
-            await leave.wait()
+            await frontend.leaving.wait()
             await frontend.stop()

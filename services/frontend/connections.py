@@ -1,27 +1,31 @@
-"""Deadlines of an HTTP connection that uvicorn lacks: for headers that never end, and readers that never read."""
+"""Limits of an HTTP connection that uvicorn lacks: for headers that never end, and readers that never read."""
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEADER_TIMEOUT_S = 30.0
-WRITE_TIMEOUT_S = 30.0
+MAX_HEADER_BYTES = 64 << 10
+#: Answered to longer ones; uvicorn's parser has no limit, and no way to say so.
+_TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
 
 class Connection(HttpToolsProtocol):
-    """Closed when a request's headers take longer than 30 s, or when 30 s pass in which nothing could be written.
+    """Closed when a request's headers take longer than ``header_timeout_s`` or 64 KiB, or when ``write_timeout_s``
+    pass in which nothing could be written.
 
     The second bounds what a reader that has stopped may hold: uvicorn's ``send`` waits for it, the generation's queue
     has a bound, and after this time the connection is cut, which wakes both.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, header_timeout_s: float, write_timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._headers = _Deadline(self, HEADER_TIMEOUT_S)
-        self._writing = _Deadline(self, WRITE_TIMEOUT_S)
+        self._headers = _Deadline(self, header_timeout_s)
+        self._writing = _Deadline(self, write_timeout_s)
+        self._header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -31,6 +35,16 @@ class Connection(HttpToolsProtocol):
         self._headers.stop()
         self._writing.stop()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._headers.running:
+            self._header_bytes = 0
+        elif (size := self._header_bytes + len(data)) > MAX_HEADER_BYTES:
+            self.transport.write(_TOO_LONG)
+            self.transport.close()
+        else:
+            self._header_bytes = size
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -59,6 +73,10 @@ class _Deadline:
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
 
+    @property
+    def running(self) -> bool:
+        return self._timer is not None
+
     def start(self) -> None:
         self.stop()
         self._timer = self._connection.loop.call_later(self._seconds, self._connection.transport.abort)
@@ -69,10 +87,10 @@ class _Deadline:
             self._timer = None
 
 
-def options() -> dict[str, Any]:
+def options(*, header_timeout_s: float, write_timeout_s: float) -> dict[str, Any]:
     """uvicorn's settings that make its connections these."""
     return {
-        "http": Connection,
+        "http": partial(Connection, header_timeout_s=header_timeout_s, write_timeout_s=write_timeout_s),
         "ws": "none",
         "lifespan": "off",
         "access_log": False,
