@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 _SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
+_ENCODED = [chr(byte) if chr(byte) in _SAFE else f"_{byte:02x}" for byte in range(256)]
 
 
+@lru_cache(maxsize=4096)  # names of models and processes come again with every message
 def encode(token: str) -> str:
     """One subject token: letters, digits and ``-`` stay, every other UTF-8 byte becomes ``_xx``. Injective."""
     if not token:
         return "_"
-    return "".join(chr(b) if chr(b) in _SAFE else f"_{b:02x}" for b in token.encode())
+    return "".join([_ENCODED[byte] for byte in token.encode()])
 
 
 def decode(token: str) -> str:
