@@ -33,7 +33,7 @@ from tandem.adapters.bus import Bus
 from tandem.adapters.deployment import Deployment
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
-from tandem.adapters.process_metrics import instruments_of, metrics_endpoint
+from tandem.adapters.process_metrics import instruments_of, label_domains, metrics_endpoint
 from tandem.adapters.traces import open_tracing
 from tandem.errors import ConfigError, Leaving
 from tandem.v1 import inference_pb2, inference_pb2_grpc
@@ -139,10 +139,13 @@ class Frontend:
     def reload(self) -> None:
         """Tenants and classes anew, for requests from now on. A wrong file changes nothing."""
         try:
-            self._intake.reconfigure(deployment.read(self._settings.deployment))
+            wanted = deployment.read(self._settings.deployment)
+            self._intake.reconfigure(wanted)
         except ConfigError as error:
             log.error("deployment file not reloaded: %s", error.message)
             return
+        self.instruments.allow(label_domains(wanted))
+        self._metrics.reconfigure(wanted)
         log.info("reloaded tenants and classes")
 
     async def start(self) -> None:
@@ -217,9 +220,9 @@ async def run(settings: FrontendSettings) -> None:
         stack.push_async_callback(bus.close)
         frontend = Frontend(settings, wanted, bus)
         stack.push_async_callback(frontend.close)
-        loop.add_signal_handler(signal.SIGHUP, frontend.reload)
         await stack.enter_async_context(metrics_endpoint(settings, frontend.instruments))
         loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, frontend.reload)
         loop.add_signal_handler(signal.SIGTERM, frontend.leave, settings.drain_timeout_s)
         loop.add_signal_handler(signal.SIGINT, frontend.leave, settings.interrupt_timeout_s)
         await frontend.start()

@@ -43,6 +43,10 @@ class Intake:
         # One thread: tokenising holds a core, and the loop needs the other.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
 
+    def reconfigure(self, deployment: Deployment) -> None:
+        """Tenants and their keys, and classes; the rest needs a restart."""
+        self.tenants = Tenants(deployment)
+
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
 

@@ -8,10 +8,9 @@ request, as a Reject with a retryable code: it submits again.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import grpc
 
@@ -156,9 +155,6 @@ class ModelRouter:
         """For what is decided from now on."""
         self.scheduler.reconfigure(policy, classes=classes, tenants=tenants, now=self._now())
         self._poll()
-
-    def policy_json(self) -> str:
-        return json.dumps(asdict(self.scheduler.policy), sort_keys=True)
 
     @property
     def kept(self) -> int:

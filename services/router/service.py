@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -58,7 +60,12 @@ class RouterControl(router_pb2_grpc.RouterServiceServicer):
         self, request: router_pb2.GetPolicyRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> router_pb2.GetPolicyResponse:
         router = await self._router(request.model, context)
-        return router_pb2.GetPolicyResponse(policy_json=router.policy_json())
+        scheduler = router.scheduler
+        return router_pb2.GetPolicyResponse(
+            policy_json=json.dumps(asdict(scheduler.policy), sort_keys=True),
+            classes_json=json.dumps([asdict(each) for each in scheduler.classes.values()]),
+            tenants_json=json.dumps([asdict(each) for each in scheduler.tenants.values()]),
+        )
 
     async def GetLeaders(
         self, request: router_pb2.GetLeadersRequest, context: grpc.aio.ServicerContext[Any, Any]

@@ -168,6 +168,14 @@ def running_clusters() -> dict[str, ClusterState]:
     return {name: state for name, state in states if state is not None}
 
 
+def deployment_of(state: ClusterState) -> Path:
+    """The deployment file that a running cluster's processes read. ConfigError if it has gone meanwhile."""
+    for name, running in running_clusters().items():
+        if running.supervisor_pid == state.supervisor_pid:
+            return run_root() / name / DEPLOYMENT
+    raise ConfigError(f"the cluster {state.cluster} is not up any more")
+
+
 def find_cluster(name: str = "") -> ClusterState:
     """The cluster of that name, or the only one. ConfigError says what there is instead."""
     running = running_clusters()

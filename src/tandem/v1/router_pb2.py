@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tandem.v1 import bus_pb2 as tandem_dot_v1_dot_bus__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/router.proto\x12\ttandem.v1\x1a\x13tandem/v1/bus.proto\"\x84\x01\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nisl_tokens\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x01(\x0c\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x15\n\rrequest_class\x18\x05 \x01(\t\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"#\n\x04Term\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x8b\x01\n\tCandidate\x12\x15\n\rdecode_worker\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x1e\n\x05terms\x18\x04 \x03(\x0b\x32\x0f.tandem.v1.Term\x12\x0e\n\x06\x63hosen\x18\x05 \x01(\x08\x12\x10\n\x08\x65xcluded\x18\x06 \x01(\t\"L\n\x0f\x45xplainResponse\x12(\n\ncandidates\x18\x01 \x03(\x0b\x32\x14.tandem.v1.Candidate\x12\x0f\n\x07summary\x18\x02 \x01(\t\"#\n\x12ListWorkersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"{\n\x0bWorkerState\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.tandem.v1.WorkerInfo\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.tandem.v1.LoadReport\x12\x10\n\x08liveness\x18\x03 \x01(\t\x12\x10\n\x08silent_s\x18\x04 \x01(\x01\">\n\x13ListWorkersResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.tandem.v1.WorkerState\"!\n\x10GetPolicyRequest\x12\r\n\x05model\x18\x01 \x01(\t\"(\n\x11GetPolicyResponse\x12\x13\n\x0bpolicy_json\x18\x01 \x01(\t\"\x13\n\x11GetLeadersRequest\"D\n\x06Leader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06router\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x0c\n\x04self\x18\x04 \x01(\x08\"8\n\x12GetLeadersResponse\x12\"\n\x07leaders\x18\x01 \x03(\x0b\x32\x11.tandem.v1.Leader\"%\n\x14GetAccountingRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xa1\x01\n\x06\x42ooked\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x11\n\tin_flight\x18\x02 \x01(\r\x12\x19\n\x11pending_prefill_s\x18\x03 \x01(\x01\x12\x18\n\x10kv_blocks_in_use\x18\x04 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\r\x12\x11\n\tsequences\x18\x06 \x01(\r\x12\x13\n\x0bmodel_error\x18\x07 \x01(\x01\"<\n\nQueueDepth\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"\xf9\x01\n\x15GetAccountingResponse\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x15\n\rqueued_tokens\x18\x02 \x01(\x04\x12\x15\n\roldest_wait_s\x18\x03 \x01(\x01\x12\x11\n\tin_flight\x18\x04 \x01(\r\x12\x0c\n\x04kept\x18\x05 \x01(\r\x12\"\n\x07workers\x18\x06 \x03(\x0b\x32\x11.tandem.v1.Booked\x12-\n\x0equeue_by_class\x18\x07 \x03(\x0b\x32\x15.tandem.v1.QueueDepth\x12.\n\x0fqueue_by_tenant\x18\x08 \x03(\x0b\x32\x15.tandem.v1.QueueDepth2\x86\x03\n\rRouterService\x12@\n\x07\x45xplain\x12\x19.tandem.v1.ExplainRequest\x1a\x1a.tandem.v1.ExplainResponse\x12L\n\x0bListWorkers\x12\x1d.tandem.v1.ListWorkersRequest\x1a\x1e.tandem.v1.ListWorkersResponse\x12\x46\n\tGetPolicy\x12\x1b.tandem.v1.GetPolicyRequest\x1a\x1c.tandem.v1.GetPolicyResponse\x12I\n\nGetLeaders\x12\x1c.tandem.v1.GetLeadersRequest\x1a\x1d.tandem.v1.GetLeadersResponse\x12R\n\rGetAccounting\x12\x1f.tandem.v1.GetAccountingRequest\x1a .tandem.v1.GetAccountingResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16tandem/v1/router.proto\x12\ttandem.v1\x1a\x13tandem/v1/bus.proto\"\x84\x01\n\x0e\x45xplainRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\nisl_tokens\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x01(\x0c\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x15\n\rrequest_class\x18\x05 \x01(\t\x12\x12\n\nmax_tokens\x18\x06 \x01(\r\"#\n\x04Term\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\"\x8b\x01\n\tCandidate\x12\x15\n\rdecode_worker\x18\x01 \x01(\t\x12\x16\n\x0eprefill_worker\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x01\x12\x1e\n\x05terms\x18\x04 \x03(\x0b\x32\x0f.tandem.v1.Term\x12\x0e\n\x06\x63hosen\x18\x05 \x01(\x08\x12\x10\n\x08\x65xcluded\x18\x06 \x01(\t\"L\n\x0f\x45xplainResponse\x12(\n\ncandidates\x18\x01 \x03(\x0b\x32\x14.tandem.v1.Candidate\x12\x0f\n\x07summary\x18\x02 \x01(\t\"#\n\x12ListWorkersRequest\x12\r\n\x05model\x18\x01 \x01(\t\"{\n\x0bWorkerState\x12#\n\x04info\x18\x01 \x01(\x0b\x32\x15.tandem.v1.WorkerInfo\x12#\n\x04load\x18\x02 \x01(\x0b\x32\x15.tandem.v1.LoadReport\x12\x10\n\x08liveness\x18\x03 \x01(\t\x12\x10\n\x08silent_s\x18\x04 \x01(\x01\">\n\x13ListWorkersResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.tandem.v1.WorkerState\"!\n\x10GetPolicyRequest\x12\r\n\x05model\x18\x01 \x01(\t\"T\n\x11GetPolicyResponse\x12\x13\n\x0bpolicy_json\x18\x01 \x01(\t\x12\x14\n\x0c\x63lasses_json\x18\x02 \x01(\t\x12\x14\n\x0ctenants_json\x18\x03 \x01(\t\"\x13\n\x11GetLeadersRequest\"D\n\x06Leader\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06router\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x06\x12\x0c\n\x04self\x18\x04 \x01(\x08\"8\n\x12GetLeadersResponse\x12\"\n\x07leaders\x18\x01 \x03(\x0b\x32\x11.tandem.v1.Leader\"%\n\x14GetAccountingRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xa1\x01\n\x06\x42ooked\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x11\n\tin_flight\x18\x02 \x01(\r\x12\x19\n\x11pending_prefill_s\x18\x03 \x01(\x01\x12\x18\n\x10kv_blocks_in_use\x18\x04 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x05 \x01(\r\x12\x11\n\tsequences\x18\x06 \x01(\r\x12\x13\n\x0bmodel_error\x18\x07 \x01(\x01\"<\n\nQueueDepth\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08requests\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"\xf9\x01\n\x15GetAccountingResponse\x12\x0e\n\x06queued\x18\x01 \x01(\r\x12\x15\n\rqueued_tokens\x18\x02 \x01(\x04\x12\x15\n\roldest_wait_s\x18\x03 \x01(\x01\x12\x11\n\tin_flight\x18\x04 \x01(\r\x12\x0c\n\x04kept\x18\x05 \x01(\r\x12\"\n\x07workers\x18\x06 \x03(\x0b\x32\x11.tandem.v1.Booked\x12-\n\x0equeue_by_class\x18\x07 \x03(\x0b\x32\x15.tandem.v1.QueueDepth\x12.\n\x0fqueue_by_tenant\x18\x08 \x03(\x0b\x32\x15.tandem.v1.QueueDepth2\x86\x03\n\rRouterService\x12@\n\x07\x45xplain\x12\x19.tandem.v1.ExplainRequest\x1a\x1a.tandem.v1.ExplainResponse\x12L\n\x0bListWorkers\x12\x1d.tandem.v1.ListWorkersRequest\x1a\x1e.tandem.v1.ListWorkersResponse\x12\x46\n\tGetPolicy\x12\x1b.tandem.v1.GetPolicyRequest\x1a\x1c.tandem.v1.GetPolicyResponse\x12I\n\nGetLeaders\x12\x1c.tandem.v1.GetLeadersRequest\x1a\x1d.tandem.v1.GetLeadersResponse\x12R\n\rGetAccounting\x12\x1f.tandem.v1.GetAccountingRequest\x1a .tandem.v1.GetAccountingResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,21 +49,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPOLICYREQUEST']._serialized_start=676
   _globals['_GETPOLICYREQUEST']._serialized_end=709
   _globals['_GETPOLICYRESPONSE']._serialized_start=711
-  _globals['_GETPOLICYRESPONSE']._serialized_end=751
-  _globals['_GETLEADERSREQUEST']._serialized_start=753
-  _globals['_GETLEADERSREQUEST']._serialized_end=772
-  _globals['_LEADER']._serialized_start=774
-  _globals['_LEADER']._serialized_end=842
-  _globals['_GETLEADERSRESPONSE']._serialized_start=844
-  _globals['_GETLEADERSRESPONSE']._serialized_end=900
-  _globals['_GETACCOUNTINGREQUEST']._serialized_start=902
-  _globals['_GETACCOUNTINGREQUEST']._serialized_end=939
-  _globals['_BOOKED']._serialized_start=942
-  _globals['_BOOKED']._serialized_end=1103
-  _globals['_QUEUEDEPTH']._serialized_start=1105
-  _globals['_QUEUEDEPTH']._serialized_end=1165
-  _globals['_GETACCOUNTINGRESPONSE']._serialized_start=1168
-  _globals['_GETACCOUNTINGRESPONSE']._serialized_end=1417
-  _globals['_ROUTERSERVICE']._serialized_start=1420
-  _globals['_ROUTERSERVICE']._serialized_end=1810
+  _globals['_GETPOLICYRESPONSE']._serialized_end=795
+  _globals['_GETLEADERSREQUEST']._serialized_start=797
+  _globals['_GETLEADERSREQUEST']._serialized_end=816
+  _globals['_LEADER']._serialized_start=818
+  _globals['_LEADER']._serialized_end=886
+  _globals['_GETLEADERSRESPONSE']._serialized_start=888
+  _globals['_GETLEADERSRESPONSE']._serialized_end=944
+  _globals['_GETACCOUNTINGREQUEST']._serialized_start=946
+  _globals['_GETACCOUNTINGREQUEST']._serialized_end=983
+  _globals['_BOOKED']._serialized_start=986
+  _globals['_BOOKED']._serialized_end=1147
+  _globals['_QUEUEDEPTH']._serialized_start=1149
+  _globals['_QUEUEDEPTH']._serialized_end=1209
+  _globals['_GETACCOUNTINGRESPONSE']._serialized_start=1212
+  _globals['_GETACCOUNTINGRESPONSE']._serialized_end=1461
+  _globals['_ROUTERSERVICE']._serialized_start=1464
+  _globals['_ROUTERSERVICE']._serialized_end=1854
 # @@protoc_insertion_point(module_scope)

@@ -86,10 +86,14 @@ class GetPolicyRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetPolicyResponse(_message.Message):
-    __slots__ = ("policy_json",)
+    __slots__ = ("policy_json", "classes_json", "tenants_json")
     POLICY_JSON_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_JSON_FIELD_NUMBER: _ClassVar[int]
+    TENANTS_JSON_FIELD_NUMBER: _ClassVar[int]
     policy_json: str
-    def __init__(self, policy_json: _Optional[str] = ...) -> None: ...
+    classes_json: str
+    tenants_json: str
+    def __init__(self, policy_json: _Optional[str] = ..., classes_json: _Optional[str] = ..., tenants_json: _Optional[str] = ...) -> None: ...
 
 class GetLeadersRequest(_message.Message):
     __slots__ = ()
