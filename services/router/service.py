@@ -93,6 +93,7 @@ class RouterControl(router_pb2_grpc.RouterServiceServicer):
             oldest_wait_s=snapshot.oldest_wait_s,
             in_flight=snapshot.in_flight,
             kept=router.kept,
+            service=router.scheduler.service_counters(),
             queue_by_class=_depths(snapshot.queue_by_class),
             queue_by_tenant=_depths(snapshot.queue_by_tenant),
             workers=[

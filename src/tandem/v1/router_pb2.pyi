@@ -152,7 +152,14 @@ class QueueDepth(_message.Message):
     def __init__(self, name: _Optional[str] = ..., requests: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class GetAccountingResponse(_message.Message):
-    __slots__ = ("queued", "queued_tokens", "oldest_wait_s", "in_flight", "kept", "workers", "queue_by_class", "queue_by_tenant")
+    __slots__ = ("queued", "queued_tokens", "oldest_wait_s", "in_flight", "kept", "workers", "queue_by_class", "queue_by_tenant", "service")
+    class ServiceEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OLDEST_WAIT_S_FIELD_NUMBER: _ClassVar[int]
@@ -161,6 +168,7 @@ class GetAccountingResponse(_message.Message):
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_BY_CLASS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_BY_TENANT_FIELD_NUMBER: _ClassVar[int]
+    SERVICE_FIELD_NUMBER: _ClassVar[int]
     queued: int
     queued_tokens: int
     oldest_wait_s: float
@@ -169,4 +177,5 @@ class GetAccountingResponse(_message.Message):
     workers: _containers.RepeatedCompositeFieldContainer[Booked]
     queue_by_class: _containers.RepeatedCompositeFieldContainer[QueueDepth]
     queue_by_tenant: _containers.RepeatedCompositeFieldContainer[QueueDepth]
-    def __init__(self, queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., oldest_wait_s: _Optional[float] = ..., in_flight: _Optional[int] = ..., kept: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[Booked, _Mapping]]] = ..., queue_by_class: _Optional[_Iterable[_Union[QueueDepth, _Mapping]]] = ..., queue_by_tenant: _Optional[_Iterable[_Union[QueueDepth, _Mapping]]] = ...) -> None: ...
+    service: _containers.ScalarMap[str, float]
+    def __init__(self, queued: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., oldest_wait_s: _Optional[float] = ..., in_flight: _Optional[int] = ..., kept: _Optional[int] = ..., workers: _Optional[_Iterable[_Union[Booked, _Mapping]]] = ..., queue_by_class: _Optional[_Iterable[_Union[QueueDepth, _Mapping]]] = ..., queue_by_tenant: _Optional[_Iterable[_Union[QueueDepth, _Mapping]]] = ..., service: _Optional[_Mapping[str, float]] = ...) -> None: ...
