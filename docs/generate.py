@@ -28,7 +28,7 @@ from tandem.adapters.grpc_errors import STATUS
 from tandem.cli.chat import ChatSettings
 from tandem.cli.up import UpSettings
 from tandem.core.policy import Policy
-from tandem.telemetry import spans
+from tandem.telemetry import metric_table, spans
 from tandem.worker.settings import WorkerSettings
 
 HERE = Path(__file__).parent
@@ -237,9 +237,74 @@ def _meaning(attribute: str) -> str:
     return spans.ATTRIBUTES[attribute].meaning
 
 
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+METRICS_INTRO = """\
+# Metrics
+
+Each service has a Prometheus endpoint of its own, `http://TANDEM_METRICS_HOST:TANDEM_METRICS_PORT/metrics`
+(OpenMetrics too, where a scraper asks for it). It has no authentication and binds the loopback interface unless it is
+told otherwise. `tandem up` gives every process a free port: `tandem status` lists them, and `prometheus.json` in the
+run folder has them as Prometheus' `file_sd_configs` reads it. Alert rules and Grafana dashboards are in
+`deploy/observability/`.
+
+A scrape is answered by the event loop, so a process that hangs fails its scrapes. Labels have the values of the
+deployment file (`model`, `tenant`, `class`) or of the lists below; anything else becomes `other`.
+
+**Goodput and attainment** are over *offered* requests: refused and failed ones count as missed, a client's own mistake
+(4xx but 429) and a request that its client cancels before any SLO is broken do not count. Of one class, over 5 minutes:
+
+    sum(rate(tandem_good_requests_total{class="interactive"}[5m]))
+      / sum(rate(tandem_offered_requests_total{class="interactive"}[5m]))
+
+A request with several answers has the TTFT of the first that begins, and a TPOT over their mean length."""
+
+METRIC_PARTS: list[tuple[str, tuple[str, ...]]] = [
+    ("Frontend", metric_table.FRONTEND),
+    ("Router", metric_table.ROUTER),
+    ("Prefill and decode workers", metric_table.WORKERS),
+    ("Every process", metric_table.ALL),
+]
+
+
+def metrics_page() -> list[str]:
+    lines = [*METRICS_INTRO.splitlines()]
+    for title, services in METRIC_PARTS:
+        rows = [m for m in metric_table.TABLE if m.services == services and m not in metric_table.VLLM]
+        lines += ["", f"## {title}", "", *_metrics_table(rows)]
+    lines += [
+        "",
+        "## vLLM's own",
+        "",
+        "A worker on vLLM gives out all metrics of its vLLM, unchanged. One on the simulated engine has these of them:",
+        "",
+        *_metrics_table(metric_table.VLLM),
+    ]
+    labels = {label.name: label for metric in metric_table.TABLE for label in metric.labels}
+    labels.pop("reason")
+    kinds = [*labels.values(), metric_table.REASON, metric_table.FAILURE]
+    lines += ["", "## Labels", ""]
+    lines += table(
+        ("label", "meaning", "values"),
+        [(code(label.name), label.meaning, ", ".join(code(v) for v in label.values if v)) for label in kinds],
+    )
+    buckets = dict.fromkeys((m.buckets, m.name) for m in metric_table.TABLE if m.buckets)
+    lines += ["", "## Buckets", ""]
+    return lines + table(("histogram", "bounds"), [(code(n), ", ".join(f"{b:g}" for b in bs)) for bs, n in buckets])
+
+
+def _metrics_table(metrics: Iterable[metric_table.Metric]) -> list[str]:
+    rows = [
+        (code(metric.name), metric.kind.value, ", ".join(map(code, metric.label_names)), metric.help)
+        for metric in metrics
+    ]
+    return table(("name", "type", "labels", "meaning"), rows)
+
+
 PAGES = {
     "deployment-file.md": deployment_page,
     "errors.md": errors_page,
+    "metrics.md": metrics_page,
     "settings.md": settings_page,
     "tracing.md": tracing_page,
 }

@@ -61,6 +61,11 @@ class FrontendMetrics:
             table.LEADER_KNOWN, lambda: [((model,), float(has_leader(model))) for model in self._models]
         )
 
+    def reconfigure(self, deployment: Deployment) -> None:
+        """Other classes, other SLOs, for requests that end from now on."""
+        self._classes = {c.name: c for c in deployment.classes}
+        self._cells.clear()  # what they count into stays
+
     # -- events ----------------------------------------------------------------------------------------------------
 
     def told(self, error: TandemError) -> None:
