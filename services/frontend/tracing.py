@@ -182,8 +182,9 @@ def _reconstructed(journey: Journey, trace: Trace, now: float) -> list[SpanRecor
 
     records: list[SpanRecord] = []
     placed_s = journey.placed_s or now
-    span(spans.QUEUE.name, journey.submitted_s, placed_s)
     timings = journey.timings
+    queue_s = timings.queue_s if timings is not None else 0.0
+    span(spans.QUEUE.name, placed_s - queue_s if queue_s else journey.submitted_s, placed_s)
     if timings is None:
         return records
     remote = bool(timings.kv_transfer_s)

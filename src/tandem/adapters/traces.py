@@ -58,7 +58,7 @@ def destinations_of(settings: TracingSettings) -> list[Destination]:
                 f"OTEL_EXPORTER_OTLP_PROTOCOL={protocol!r}: {' or '.join(PROTOCOLS)}",
                 param="OTEL_EXPORTER_OTLP_PROTOCOL",
             )
-        found.append(Destination(protocol, delay_ms=_DELAY_MS))
+        found.append(Destination(protocol, settings.otel_traces_endpoint, _DELAY_MS))
     if settings.trace_console:
         found.append(Destination(GRPC, f"http://{settings.trace_console}", _CONSOLE_DELAY_MS))
     return found

@@ -58,6 +58,7 @@ class EngineRequest:
     #: Seconds from now for which the producer promised the handoff's blocks. A read that has not ended by then counts
     #: as failed, and the engine recomputes. None = nobody knows.
     handoff_valid_s: float | None = None
+    #: Of the span that the engine's own span of this request lies under; empty = it makes none.
     traceparent: str = ""
     embed: bool = False  # the prompt's embedding is wanted; ``sampling`` means nothing
 
@@ -74,6 +75,7 @@ class EngineOutput:
     )
     transferred_bytes: int | None = None  # KV pulled for this request, where the connector tells
     transfer_s: float | None = None
+    transfer_ended_s: float | None = None  # when, by this process's monotonic clock; known with the first token
     handoff: KvHandoff | None = None
     logprobs: Sequence[Sequence[Logprob]] | None = None  # per new token
     prompt_logprobs: Sequence[Sequence[Logprob] | None] | None = None

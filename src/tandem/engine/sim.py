@@ -56,6 +56,8 @@ _log = logging.getLogger(__name__)
 
 #: A step that begins so soon after the last one ended begins, by its clock, where that ended: sleeps do not drift.
 _BACK_TO_BACK_S = 0.02
+#: Steps that take no time at all let the event loop do other things so often; what they say leaves in one message.
+_BREATH_S = 0.002
 _KEPT_TIMINGS = 1000
 #: Of a pull whose producer never said how long its blocks are good for.
 _LONGEST_PULL_S = 600.0
@@ -73,6 +75,7 @@ class _Live:
     started: bool = False  # whether the sink has seen anything
     transferred_bytes: int | None = None
     transfer_s: float | None = None
+    transfer_ended_s: float | None = None
 
 
 class SimEngine:
@@ -283,7 +286,7 @@ class SimEngine:
         self._end_all(EngineOutput(finish=FinishReason.ERROR, error=EngineFailed(f"the engine died: {error!r}")))
 
     async def _step_forever(self) -> None:
-        end = 0.0
+        end = breathed = 0.0
         while True:
             self._deliver_rest()
             self._wake.clear()
@@ -296,7 +299,9 @@ class SimEngine:
                 await self._wait_for_work(now)
                 continue
             end = begin + result.duration_s
-            await asyncio.sleep(max(0.0, end - self._now()))
+            if result.duration_s or self._now() - breathed > _BREATH_S:
+                await asyncio.sleep(max(0.0, end - self._now()))
+                breathed = self._now()
             self._steps += 1
             self._last_step_at = self._now()
             if result.timing is not None:
@@ -348,6 +353,7 @@ class SimEngine:
             cached_tokens=output.sequence.cached_tokens if first else None,
             transferred_bytes=live.transferred_bytes if first else None,
             transfer_s=live.transfer_s if first else None,
+            transfer_ended_s=live.transfer_ended_s if first else None,
             handoff=None if output.handoff is None else self._handoff(output),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
@@ -408,7 +414,8 @@ class SimEngine:
         if self._now() > live.source_ends:  # this process may have been stopped for a while
             contents = None
         if contents is not None:
-            live.transferred_bytes, live.transfer_s = num_bytes, self._now() - began
+            live.transferred_bytes, live.transfer_ended_s = num_bytes, self._now()
+            live.transfer_s = live.transfer_ended_s - began
         del self._pulls[pull.request_id]
         self._model.pull_done(pull.request_id, contents)
         self._wake.set()

@@ -222,8 +222,11 @@ class VllmEngine:
         return params
 
     def _trace_headers(self, request: EngineRequest) -> dict[str, str] | None:
-        if not request.traceparent or self._llm.observability_config.otlp_traces_endpoint is None:
+        """vLLM makes its span of what it gets headers for, and sends it where this process's tracer provider says; its
+        own exporter (``otlp_traces_endpoint``) would be a second one, here and in the core."""
+        if not request.traceparent:
             return None
+        self._llm.output_processor.tracing_enabled = True
         return {"traceparent": request.traceparent}
 
     async def _add(self, core_request: Any, live: _Live) -> None:
@@ -286,7 +289,7 @@ class VllmEngine:
         self._live.pop(live.request.request_id, None)
         self._reports.finished(live.core_id)
 
-    def take_transfer(self, live: _Live) -> tuple[int, float] | None:
+    def take_transfer(self, live: _Live) -> tuple[int, float, float] | None:
         return self._reports.take_transfer(live.core_id)
 
     def stats(self) -> EngineStats:
@@ -385,14 +388,14 @@ class _Live:
         if finish is FinishReason.STOP:
             reason = completion.stop_reason  # None when it was the end-of-sequence token
             stop_token_id = reason if isinstance(reason, int) else None
-        cached = transferred = seconds = None
+        cached = transferred = seconds = ended_s = None
         if self._first and (tokens or finish):
             self._first = False
             cached = output.num_cached_tokens or 0
             if (pulled := self._engine.take_transfer(self)) is not None:
                 cached = max(0, cached - pulled[0])
                 transferred = pulled[0] * self._engine.info.kv_bytes_per_token
-                seconds = pulled[1]
+                seconds, ended_s = pulled[1], pulled[2]
         return EngineOutput(
             token_ids=tokens,
             finish=finish,
@@ -400,6 +403,7 @@ class _Live:
             cached_tokens=cached,
             transferred_bytes=transferred,
             transfer_s=seconds,
+            transfer_ended_s=ended_s,
             logprobs=None if not completion.logprobs else [_candidates(at) for at in completion.logprobs],
             prompt_logprobs=(
                 None

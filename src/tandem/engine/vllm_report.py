@@ -38,7 +38,7 @@ class CoreReports:
         self._heard_at = 0.0
         self._reads_after_expiry = 0
         self._preemptions = 0
-        self._transfers: dict[str, tuple[int, float]] = {}
+        self._transfers: dict[str, tuple[int, float, float]] = {}
 
     # what the adapter tells
 
@@ -67,14 +67,14 @@ class CoreReports:
         for request_id in report["accepted"]:
             self._submitted.pop(request_id, None)
         for request_id, tokens, seconds in report["transfers"]:
-            self._transfers[request_id] = (tokens, seconds)
+            self._transfers[request_id] = (tokens, seconds, self._heard_at)
         if report["step"] is not None:
             self._steps.append(_timing(report["step"]))
 
     # what it asks
 
-    def take_transfer(self, request_id: str) -> tuple[int, float] | None:
-        """(tokens pulled, seconds) of a request's KV transfer, once, if there was one."""
+    def take_transfer(self, request_id: str) -> tuple[int, float, float] | None:
+        """(tokens pulled, seconds, when we heard of its end) of a request's KV transfer, once, if there was one."""
         return self._transfers.pop(request_id, None)
 
     def take_step_timings(self) -> list[StepTiming]:

@@ -60,6 +60,8 @@ def start_llm(config: EngineConfig, options: VllmOptions, own: dict[str, Any], e
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.makedirs(config.run_dir, exist_ok=True)
+    # The core would make a tracer and an exporter of its own of it. Whoever reads it here has read it before.
+    os.environ.pop("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", None)
     vllm_config = _vllm_config(config, options, own, engine_id, endpoints)
     _check_room(vllm_config)
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -178,8 +178,7 @@ def _exporter(destination: Destination) -> SpanExporter:
     from opentelemetry.exporter.otlp.proto.grpc import trace_exporter as grpc
 
     _complain_rarely(grpc_exporter.__name__)
-    # An address that was given to us is a plain one; what the environment names says by itself what it is.
-    return grpc.OTLPSpanExporter(endpoint=endpoint, insecure=True if endpoint else None)
+    return grpc.OTLPSpanExporter(endpoint=endpoint)
 
 
 def _complain_rarely(logger: str) -> None:

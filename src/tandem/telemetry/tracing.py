@@ -56,6 +56,10 @@ class Sink(Protocol):
 
     def take(self, trace_id: int, records: Sequence[SpanRecord]) -> None: ...
 
+    def adopt(self) -> None:
+        """Takes the spans of libraries of this process, too: those below a sampled one of ours."""
+        ...
+
     async def close(self) -> None:
         """Sends what is left, for a moment."""
         ...
@@ -102,6 +106,11 @@ class Tracing:
             for record in records:
                 record.span_id = record.span_id or self.new_span_id()
             self.sink.take(trace_id, records)
+
+    def adopt(self) -> None:
+        """Spans that libraries in this process make by themselves (vLLM) go the same way."""
+        if self.sink is not None:
+            self.sink.adopt()
 
     async def close(self) -> None:
         if self.sink is not None:

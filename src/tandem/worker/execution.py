@@ -24,6 +24,7 @@ from tandem.errors import (
     TandemError,
     UnknownRequest,
 )
+from tandem.telemetry.propagation import trace_of
 from tandem.v1 import bus_pb2
 from tandem.wire import codec, subjects
 from tandem.worker.answers import abort_finish, end_phase, error_finish, logprobs_update, timings_of
@@ -31,6 +32,7 @@ from tandem.worker.handoffs import OpenHandoff, OpenHandoffs, Peers
 from tandem.worker.outbox import Outbox
 from tandem.worker.pulls import Pulls
 from tandem.worker.request_table import RequestTable, Running
+from tandem.worker.tracing import WorkerTraces
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ class Execution:
         table: RequestTable,
         handoffs: OpenHandoffs,
         peers: Peers,
+        traces: WorkerTraces,
         spawn: Spawn,
         now: Callable[[], float],
         hop_timeout_s: float,
@@ -62,6 +65,7 @@ class Execution:
         self._table = table
         self._handoffs = handoffs
         self._peers = peers
+        self._traces = traces
         self._spawn = spawn
         self._now = now
         self._pulls = Pulls(
@@ -112,6 +116,7 @@ class Execution:
                 self._spawn(self._peers.release(message.prefill, kv, pulled=False))
             return
         running.peer = message.prefill.id
+        running.pulls = True
         running.timings.CopyFrom(message.timings)
         self._pulls.take(running, message.prefill, kv)
 
@@ -157,7 +162,7 @@ class Execution:
             if running.leg == bus_pb2.LEG_PREFILL and running.peer == message.prefill.id:
                 error = HandoffFailed(f"KV from {message.prefill.id} was read after its lease")
                 self.on_kv_failure("tainted")
-                log.error("%s: %s", running.engine_id, error.message)
+                log.error("%s: %s (trace %s)", running.engine_id, error.message, trace_of(running.submit.traceparent))
                 self._engine.abort(running.engine_id)
                 self._end(running, error_finish(running.rid, error), self._now())
         self._spawn(self._engine.reset_prefix_cache())
@@ -206,12 +211,14 @@ class Execution:
             predicted_cached_tokens=assignment.predicted_cached_tokens,
             priority=assignment.priority,
         )
+        running.timings.queue_s = assignment.queued_s
         if not self._table.admit(running):
             log.debug("dropped a repeated or cancelled request %s", running.engine_id)
             if self._table.get(running.key) is None:
                 # The router that placed it may not have heard of its end yet, and keeps room for it.
                 self._event(running, bus_pb2.PHASE_ABORTED)
             return None
+        running.stay = self._traces.admitted(submit.traceparent)
         self._outbox.placed(submit.frontend, submit.rid, leg)
         self._event(running, bus_pb2.PHASE_ACCEPTED)
         return running
@@ -246,7 +253,7 @@ class Execution:
                 produce_handoff=produce is not None,
                 handoff=handoff,
                 handoff_valid_s=handoff_valid_s,
-                traceparent=submit.traceparent,
+                traceparent=self._traces.below(running.stay, handed_over=produce is not None),
                 embed=submit.embed,
             ),
             sink,
@@ -262,6 +269,8 @@ class Execution:
             running.timings.kv_transfer_bytes = output.transferred_bytes
         if output.transfer_s:
             running.timings.kv_transfer_s = output.transfer_s
+        if output.transfer_ended_s and running.stay is not None:
+            running.stay.pulled_s = output.transfer_ended_s
         if output.logprobs is not None or output.prompt_logprobs is not None:
             self._outbox.logprobs(running.frontend, logprobs_update(running, output))
         if output.token_ids:
@@ -295,7 +304,10 @@ class Execution:
         self._end(running, finish, now)
 
     def _end(self, running: Running, finish: bus_pb2.Finish, now: float) -> None:
+        if not finish.HasField("timings"):
+            finish.timings.CopyFrom(timings_of(running, self._worker))
         self._table.finished(running, finish, now)
+        self._traces.ended(running)
         self._outbox.finish(running.frontend, finish)
         self._event(running, end_phase(running))
         self.on_end(running)
@@ -319,6 +331,7 @@ class Execution:
         # For this worker the request ends here; the frontend hears the rest from the decode worker.
         running.handed_over = True
         self._table.finished(running, bus_pb2.Finish(rid=running.rid), now)
+        self._traces.ended(running)
         self._event(running, bus_pb2.PHASE_PREFILL_DONE)
         self.on_end(running)
         self.on_cached(running.predicted_cached_tokens, running.cached_tokens)
@@ -352,6 +365,8 @@ class Execution:
     # -- the decode side of a handoff ------------------------------------------------------------------------------
 
     def _decode_from(self, running: Running, kv: KvHandoff, valid_s: float) -> None:
+        if running.stay is not None:
+            running.stay.claimed_s = self._now()
         self._submit(running, handoff=kv, handoff_valid_s=valid_s)
 
     def _prefill_here(self, running: Running, why: str) -> None:
@@ -359,7 +374,8 @@ class Execution:
         self._engine.abort(given_up)
         if self._table.is_fenced(running.key):
             return self._end(running, abort_finish(running.rid), self._now())
-        log.warning("%s: %s; prefilling here", given_up, why)
+        log.warning("%s: %s; prefilling here (trace %s)", given_up, why, trace_of(running.submit.traceparent))
+        self._traces.fell_back(running, why)
         self._runs += 1
         running.engine_id = f"{running.key.id}.{running.key.attempt}.{running.key.choice}.{self._runs}"
         running.leg = bus_pb2.LEG_LOCAL

@@ -11,9 +11,13 @@ from array import array
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from tandem.core.types import RequestKey
 from tandem.v1 import bus_pb2
+
+if TYPE_CHECKING:
+    from tandem.worker.tracing import Stay
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +42,10 @@ class Running:
     #: Worker that the KV comes from (on a decode worker) or goes to (on a prefill worker).
     peer: str = ""
     timings: bus_pb2.Timings = field(default_factory=bus_pb2.Timings)
+    #: Its KV comes, or was to come, from ``peer``.
+    pulls: bool = False
+    #: What only its trace needs; None = it is not traced.
+    stay: Stay | None = None
 
     @property
     def frontend(self) -> str:

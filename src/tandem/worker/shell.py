@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -29,10 +30,12 @@ from tandem.adapters.nats_bus import NatsBus
 from tandem.adapters.process_metrics import instruments_of, metrics_endpoint
 from tandem.adapters.redis_store import RedisPrefixIndex, RedisRegistry, connect
 from tandem.adapters.store import PrefixIndex, Registry
+from tandem.adapters.traces import open_tracing
 from tandem.core.types import Role, WorkerAddress, WorkerSpec
 from tandem.engine.factory import make_engine
 from tandem.engine.protocol import Engine, EngineConfig, EngineInfo, KvEvent
 from tandem.errors import BusUnavailable, ConfigError, EngineFailed
+from tandem.telemetry.tracing import OFF, Tracing
 from tandem.v1 import bus_pb2, worker_pb2, worker_pb2_grpc
 from tandem.wire import subjects
 from tandem.worker.announcer import Announcer
@@ -44,6 +47,7 @@ from tandem.worker.outbox import Outbox
 from tandem.worker.reporter import Reporter
 from tandem.worker.request_table import RequestTable
 from tandem.worker.settings import WorkerSettings
+from tandem.worker.tracing import WorkerTraces
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,8 @@ BUS_GRACE_S = 3.0
 
 
 async def run(settings: WorkerSettings, role: Role) -> None:
-    """Runs until SIGTERM and the drain that follows it, or until the engine dies (EngineFailed)."""
+    """Runs until SIGTERM and the drain that follows it (a short one after SIGINT), or until the engine dies
+    (EngineFailed)."""
     settings = _placed(settings)
     deployment = read(settings.deployment)
     model = deployment.model(settings.model)
@@ -73,7 +78,13 @@ async def run(settings: WorkerSettings, role: Role) -> None:
         stack.push_async_callback(redis.aclose)
         cluster = deployment.cluster
         stores = Stores(RedisRegistry(redis, cluster), RedisPrefixIndex(redis, cluster))
-        joined = joined_worker(settings, cluster, model, pool, role, worker_id, engine, bus, stores)
+        tracing = open_tracing(
+            settings, role.value, cluster=cluster, instance=worker_id, model=model.name, pool=pool.pool_name
+        )
+        stack.push_async_callback(tracing.close)
+        if pool.engine == "vllm":
+            tracing.adopt()
+        joined = joined_worker(settings, cluster, model, pool, role, worker_id, engine, bus, stores, tracing)
         worker = await stack.enter_async_context(joined)
         deliver[0] = worker.announcer.on_kv_events
         worker.announcer.on_kv_events(early)
@@ -81,8 +92,8 @@ async def run(settings: WorkerSettings, role: Role) -> None:
         WorkerMetrics(instruments, worker, [c.name for c in deployment.classes], clock.monotonic)
         await stack.enter_async_context(metrics_endpoint(settings, instruments, engine.expose(instruments)))
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, worker.leave)
+        loop.add_signal_handler(signal.SIGTERM, worker.leave)
+        loop.add_signal_handler(signal.SIGINT, worker.leave, settings.interrupt_timeout_s)
         await worker.serve()
 
 
@@ -105,6 +116,7 @@ class Worker:
         announcer: Announcer,
         lease_s: float,
         address: WorkerAddress,
+        tracing: Tracing = OFF,
     ) -> None:
         loop = asyncio.get_running_loop()
         now = clock.monotonic
@@ -120,6 +132,7 @@ class Worker:
         self.outbox = Outbox(bus, cluster, announcer.spec.model, address, loop.call_soon)
         self._tasks: asyncio.TaskGroup | None = None
         self._leaving = asyncio.Event()
+        self._leave_by = math.inf
         self.execution = Execution(
             bus=bus,
             cluster=cluster,
@@ -129,6 +142,7 @@ class Worker:
             table=self.table,
             handoffs=self.handoffs,
             peers=self.peers,
+            traces=WorkerTraces(tracing, address.id, now),
             spawn=self._spawn,
             now=now,
             hop_timeout_s=settings.hop_timeout_s,
@@ -155,8 +169,11 @@ class Worker:
             drain=self.leave,
         )
 
-    def leave(self) -> None:
-        """Begins to drain; ``serve`` returns when nothing is left to do."""
+    def leave(self, within_s: float = math.inf) -> None:
+        """Begins to drain; ``serve`` returns when nothing is left to do, or after ``within_s``, which is at most the
+        drain's time limit. Told again, the sooner counts."""
+        until = clock.monotonic() + min(within_s, self.settings.drain_timeout_s)
+        self._leave_by = min(until, self._leave_by)
         self._leaving.set()
 
     async def serve(self) -> None:
@@ -237,19 +254,18 @@ class Worker:
         log.info("draining: %d requests, %d handoffs", self.table.running, len(self.handoffs))
         self.execution.draining = True
         await self.announcer.change(draining=True)
-        deadline = clock.monotonic() + self.settings.drain_timeout_s
-        await self._idle(deadline)
+        await self._idle()
         # Nobody listens from now on, so that the bus tells whoever still has something for us. Then once more: it may
         # have come just before.
         await work.unsubscribe()
         await self._flush()
-        await self._idle(deadline)
+        await self._idle()
         self.outbox.flush()
         await self._flush()
 
-    async def _idle(self, deadline: float) -> None:
+    async def _idle(self) -> None:
         while self.table.running or len(self.handoffs):
-            if clock.monotonic() > deadline:
+            if clock.monotonic() > self._leave_by:
                 log.error("leaving with %d requests and %d handoffs", self.table.running, len(self.handoffs))
                 return
             await asyncio.sleep(0.02)
@@ -270,6 +286,7 @@ async def joined_worker(
     engine: Engine,
     bus: Bus,
     stores: Stores,
+    tracing: Tracing = OFF,
 ) -> AsyncIterator[Worker]:
     """A worker around a started engine, its gRPC server up. ``serve`` makes it part of the cluster."""
     grpc_server = GrpcServer(settings.grpc_host, settings.grpc_port)
@@ -289,6 +306,7 @@ async def joined_worker(
         ),
         lease_s=model.kv_lease_s,
         address=address,
+        tracing=tracing,
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker.control, grpc_server.server)
     await grpc_server.start(worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)

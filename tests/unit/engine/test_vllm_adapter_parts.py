@@ -114,7 +114,7 @@ def test_counters_and_transfers() -> None:
     assert "tandem" not in stats  # the loggers after this one do not know it
     reports.record(None, 1)
     assert (reports.stats().reads_after_expiry, reports.stats().preemptions) == (2, 3)
-    assert reports.take_transfer("a") == (64, 0.5)
+    assert reports.take_transfer("a") == (64, 0.5, 100.0)
     assert reports.take_transfer("a") is None
     assert reports.take_step_timings() == [StepTiming(0.25, 512, 1000, 3, 77)]
     assert reports.take_step_timings() == []
