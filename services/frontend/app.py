@@ -18,6 +18,7 @@ from services.frontend import connections, served_model
 from services.frontend.asgi import PostedRoutes
 from services.frontend.cluster import Cluster
 from services.frontend.config import FrontendSettings
+from services.frontend.direct import DirectConnection
 from services.frontend.embedding import Embedder
 from services.frontend.embeddings_route import EmbeddingsRoute
 from services.frontend.generation import Generations
@@ -105,7 +106,10 @@ class Frontend:
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=int(settings.drain_timeout_s) + LAST_WORDS_S,
                 **connections.options(
-                    header_timeout_s=wanted.limits.header_timeout_s, write_timeout_s=wanted.limits.write_timeout_s
+                    DirectConnection,
+                    posted=app,
+                    header_timeout_s=wanted.limits.header_timeout_s,
+                    write_timeout_s=wanted.limits.write_timeout_s,
                 ),
             )
         )

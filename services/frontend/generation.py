@@ -285,6 +285,7 @@ class Generations:
         self._idle_s = idle_s
         self._traces = traces
         self._running: set[Generation] = set()
+        self._refusal: errors.TandemError | None = None
         #: Called with each, once, when it is over.
         self.on_end: Callable[[Generation], None] = lambda generation: None
         cluster.on_sweep = self._on_sweep
@@ -293,6 +294,9 @@ class Generations:
         return len(self._running)
 
     def begin(self, request: GenerationRequest, *, received_s: float = 0.0) -> Generation:
+        """Raises what was given to ``refuse``."""
+        if self._refusal is not None:
+            raise self._refusal
         generation = Generation(request, self._cluster, self._ended)
         if self._traces is not None:
             generation.trace = self._traces.begin(request.traceparent)
@@ -300,6 +304,10 @@ class Generations:
         self._running.add(generation)
         generation.start()
         return generation
+
+    def refuse(self, error: errors.TandemError) -> None:
+        """None begins from now on."""
+        self._refusal = error
 
     def open_by_model(self) -> dict[str, int]:
         return Counter(generation.request.model.name for generation in self._running)

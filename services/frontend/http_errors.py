@@ -21,6 +21,7 @@ HTTP_STATUS: dict[type[errors.TandemError], tuple[int, str]] = {
     errors.Overloaded: (429, "rate_limit_error"),
     errors.DeadlineInfeasible: (429, "rate_limit_error"),
     errors.NoWorkers: (503, "service_unavailable_error"),
+    errors.Leaving: (503, "service_unavailable_error"),
     errors.TimedOut: (504, "timeout_error"),
     errors.QueueTimeout: (504, "timeout_error"),
     errors.RequestTimeout: (504, "timeout_error"),

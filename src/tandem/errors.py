@@ -117,6 +117,12 @@ class NoWorkers(Refused):
     hint = "Send it again; `tandem status` shows which workers live."
 
 
+class Leaving(Refused):
+    code = "leaving"
+    meaning = "The server that was asked is shutting down."
+    hint = "Send it again: another server takes it, or this one when it is back."
+
+
 class TimedOut(TandemError):
     code = "timed_out"
     retryable = True

@@ -28,6 +28,7 @@ STATUS: dict[type[errors.TandemError], grpc.StatusCode] = {
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlineInfeasible: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NoWorkers: grpc.StatusCode.UNAVAILABLE,
+    errors.Leaving: grpc.StatusCode.UNAVAILABLE,
     errors.TimedOut: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.QueueTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.RequestTimeout: grpc.StatusCode.DEADLINE_EXCEEDED,

@@ -3,7 +3,7 @@
     add(spec)                 start it, and keep it running
     wait_ready(names)         until each of them is ready; StartFailed if one does not get there
     wait_failed()             for ever, or until one has to be given up
-    remove(name)              SIGTERM, its grace, SIGKILL
+    remove(name)              its stop signal (SIGTERM), its grace, SIGKILL
     stop(stages)              the same for all, stage by stage
     kill_all()                at once, from a second Ctrl-C
 
@@ -98,7 +98,9 @@ class ProcessSpec:
     ready: Callable[[], Awaitable[bool]]
     #: Not ready after this long counts as a failed start.
     start_timeout_s: float = 60.0
-    #: From SIGTERM to SIGKILL.
+    #: How it is told to leave once it is ready; before that, by SIGTERM.
+    stop_signal: signal.Signals = signal.SIGTERM
+    #: From then to SIGKILL.
     grace_s: float = 10.0
 
 
@@ -269,12 +271,13 @@ class Supervisor:
         return False
 
     async def _end(self, child: Child) -> None:
-        """SIGTERM, the grace, SIGKILL. Returns when the process is gone."""
+        """Its stop signal, the grace, SIGKILL. Returns when the process is gone."""
         child.leave.set()
         process, task = child.process, self._tasks[child.spec.name]
         if process is not None:
+            number = child.spec.stop_signal if child.state is State.READY else signal.SIGTERM
             self._set(child, State.STOPPING, "stopping")
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
         await asyncio.wait({task}, timeout=_UNLAUNCHED_GRACE_S if process is None else child.spec.grace_s)
         if child.process is not None:
             self._on_news(child, f"did not leave within {child.spec.grace_s:g} s: killed")

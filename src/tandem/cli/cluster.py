@@ -16,8 +16,9 @@ from tandem.adapters.deployment import Deployment, Model, Pool, PoolRole
 from tandem.adapters.settings import PREFIX
 
 LOOPBACK = "127.0.0.1"
-#: How long frontends let streams finish, and workers requests, when the cluster goes down. Somebody waits for it.
-DRAIN_S = 8.0
+#: How long frontends let streams finish, and workers requests, when the cluster goes down: somebody waits for it. A
+#: process that is told to leave by itself (SIGTERM) takes the time that it needs.
+DRAIN_S = 5.0
 #: Requests a second that each frontend has traced for the console, whatever the share of the rest: somebody who tries
 #: it out sees every request, and a load test costs no more than this.
 TRACES_PER_S = 20
@@ -129,6 +130,7 @@ def _worker(model: Model, pool: Pool, n: int, deployment: Deployment, around: Su
         "TANDEM_RUN_DIR": str(around.worker_dir(name)),
         "TANDEM_KV_HOST": LOOPBACK,
         "TANDEM_KV_PORT": str(around.free_port()),
+        "TANDEM_INTERRUPT_TIMEOUT_S": str(DRAIN_S),
     }
     # An aggregated worker is a decode worker that never gets a handoff.
     kind = Kind.PREFILL if pool.role is PoolRole.PREFILL else Kind.DECODE
@@ -155,6 +157,7 @@ def _frontend(n: int, deployment: Deployment, around: Surroundings) -> Service:
     own = {
         "TANDEM_HTTP_HOST": http.host,
         "TANDEM_HTTP_PORT": str(http.port + n),
+        "TANDEM_INTERRUPT_TIMEOUT_S": str(DRAIN_S),
     }
     env = around.env(name, grpc.host, grpc.port + n, **own)
     return Service(name, Kind.FRONTEND, env, grpc.host, grpc.port + n, http.host, http.port + n)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ _SERVER_START_S = 10.0
 _SERVICE_START_S = 60.0
 #: A large model is read from disk first.
 _ENGINE_START_S = 600.0
-#: From SIGTERM to SIGKILL: a drain, and time to leave after it.
+#: From SIGINT to SIGKILL: a short drain, and time to leave after it.
 _GRACE_S = {
     Kind.FRONTEND: DRAIN_S + 4,
     Kind.PREFILL: DRAIN_S + 4,
@@ -179,6 +180,7 @@ class LocalCluster:
             env={**(self._engine_env if forked else self._sources.env), "PYTHONUNBUFFERED": "1", **service.env},
             ready=_probe(service),
             start_timeout_s=_ENGINE_START_S if forked else _SERVICE_START_S,
+            stop_signal=signal.SIGINT,
             grace_s=_GRACE_S[service.kind],
         )
 

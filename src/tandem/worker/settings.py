@@ -18,5 +18,6 @@ class WorkerSettings(CommonSettings):
     registry_ttl_s: float = option(10.0, doc="Life of the registry entry without a refresh.")
     hop_timeout_s: float = option(2.0, doc="Longest wait for another worker in a KV handoff.")
     retention_s: float = option(30.0, doc="How long a finished request's tokens are kept for gap repair.")
-    drain_timeout_s: float = option(600.0, doc="Longest wait for running requests and handoffs when leaving.")
+    drain_timeout_s: float = option(600.0, doc="Longest wait for running requests and handoffs after SIGTERM.")
+    interrupt_timeout_s: float = option(5.0, doc="The same after SIGINT (Ctrl-C): somebody waits.")
     engine_hang_s: float = option(60.0, doc="Work pending and no engine step for this long: the worker leaves.")
