@@ -51,6 +51,8 @@ class Summary:
     queue_s: float = 0.0
     error: str = ""
     why: str = ""
+    #: The root span, which comes last of its process, is here.
+    ended: bool = False
     #: Both SLOs of its class met; None where the class has none.
     slo_met: bool | None = None
 
@@ -99,6 +101,7 @@ def summarise(trace_id: str, spans: Iterable[Span], slos: Mapping[str, Slo]) -> 
         queue_s=sum(span.duration_s for span in by_name.get(names.QUEUE.name, ())),
         error=_error(first, spans),
         why=first.text(names.WHY),
+        ended=root is not None,
         slo_met=slos[request_class].met(ttft, tpot) if root and request_class in slos else None,
     )
 

@@ -33,6 +33,7 @@ def listed(trace: Trace) -> dict[str, Any]:
         "prefill_worker": summary.prefill_worker,
         "decode_worker": summary.decode_worker,
         "error": summary.error,
+        "ended": summary.ended,
         "slow": trace.slow,
         "slo_met": summary.slo_met,
         "why": summary.why,

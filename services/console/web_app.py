@@ -22,7 +22,7 @@ from services.console.otlp import TraceReceiver
 from services.console.trace_ring import TraceRing
 from services.console.trace_view import listed, whole
 from services.console.trial import Question, Trials
-from tandem.spacetime.model import map_source
+from tandem.spacetime.model import asset
 
 _MAX_LISTED = 500
 _MAX_QUESTION = 256_000
@@ -48,6 +48,7 @@ def web_app(sources: Sources, token: str) -> ASGIApp:
     routes = [
         Route("/", views.page),
         Route("/static/map.js", views.map_module),
+        Route("/static/map.css", views.map_style),
         Mount("/static", StaticFiles(directory=str(folder))),
         Route("/healthz", views.healthz),
         Route("/readyz", views.readyz),
@@ -76,13 +77,15 @@ class _Views:
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._page = resources.files("services.console").joinpath("static/index.html").read_bytes()
-        self._map = map_source()
 
     async def page(self, request: Request) -> Response:
         return Response(self._page, media_type="text/html")
 
     async def map_module(self, request: Request) -> Response:
-        return Response(self._map, media_type="text/javascript")
+        return Response(asset("map.js"), media_type="text/javascript")
+
+    async def map_style(self, request: Request) -> Response:
+        return Response(asset("map.css"), media_type="text/css")
 
     async def healthz(self, request: Request) -> Response:
         return _json({"status": "ok"})

@@ -89,6 +89,6 @@ def _by_kind(runs: Sequence[_Run]) -> list[_Run]:
     return list(joined.values())
 
 
-def map_source() -> str:
-    """The drawing module, an ES module without imports: a page either serves it or holds it."""
-    return resources.files("tandem.spacetime").joinpath("map.js").read_text(encoding="utf-8")
+def asset(name: str) -> str:
+    """map.js, the drawing module (an ES module without imports), or map.css, its colours. Pages serve or hold them."""
+    return resources.files("tandem.spacetime").joinpath(name).read_text(encoding="utf-8")
