@@ -1,8 +1,10 @@
-"""The routes that take a body, as plain ASGI in front of the web app that serves everything else.
+"""The routes that take a body: from the request to the last byte of its answer, whatever carries the two.
 
-One task per request and one that waits for its disconnect; every body of a stream carries all that was queued. The
-200 of a stream opens when a worker has the request, or after ten quiet seconds, so that a refusal has its own status;
-from then on an error is an event. A client that goes away ends its request, wherever that is.
+``PostedRoutes.answer`` is all of it, over a ``Response`` and a ``Watch``. As ASGI it stands in front of the web app
+that serves everything else; direct.py carries the same exchanges without ASGI, which costs less. Every body of a stream
+carries all that was queued. The 200 of a stream opens when a worker has the request, or after ten quiet seconds, so
+that a refusal has its own status; from then on an error is an event. A client that goes away ends its request, wherever
+that is.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from services.frontend.generation import Generation, Generations
@@ -37,6 +39,10 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Header = tuple[bytes, bytes]
+#: Takes what is to be called when the client goes away; gives what ends the watch.
+Watch = Callable[[Callable[[], None]], Callable[[], object]]
+ReadBody = Callable[[], Awaitable[bytes]]
 
 BODY_TIMEOUT_S = 30.0
 #: A frontend that is full is alive.
@@ -71,24 +77,47 @@ class PostedRoutes:
         each error that a client is told of."""
         self._app = app
         self._crowded = crowded
-        self._told = told
+        self.told = told
         self._routes = dict(routes)
         self._intake = intake
         self._generations = generations
 
+    def route(self, path: str) -> Route | None:
+        return self._routes.get(path)
+
+    @property
+    def max_body_bytes(self) -> int:
+        return self._intake.limits.max_body_bytes
+
+    @property
+    def crowded(self) -> bool:
+        return self._crowded()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._crowded() and scope["path"] not in PROBES:
-            response = _Response(send, dict(scope["headers"]), self._told)
-            await response.error(Overloaded("too many connections"), (b"connection", b"close"))
+            await self.turn_away(_AsgiResponse(send, dict(scope["headers"]), self.told))
             return
         route = self._routes.get(scope["path"]) if scope["type"] == "http" else None
         if route is None or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        response = _Response(send, headers, self._told)
+
+        async def read_body() -> bytes:
+            return await _read_body(receive, headers, self.max_body_bytes)
+
+        response = _AsgiResponse(send, headers, self.told)
+        await self.answer(route, headers, read_body, response, _watch_over(receive))
+
+    async def turn_away(self, response: Response) -> None:
+        await response.error(Overloaded("too many connections"), (b"connection", b"close"))
+
+    async def answer(
+        self, route: Route, headers: Mapping[bytes, bytes], read_body: ReadBody, response: Response, watch: Watch
+    ) -> None:
+        """One exchange, to its end. Raises nothing but what ``response`` does."""
         try:
-            await self._serve(route, headers, receive, response)
+            await self._serve(route, headers, read_body, response, watch)
         except TandemError as error:
             await response.error(error)
         except Disconnected:
@@ -98,24 +127,26 @@ class PostedRoutes:
             log.exception("request %s failed", response.request_id)
             await response.error(InternalError(f"internal error; request {response.request_id}"))
 
-    async def _serve(self, route: Route, headers: dict[bytes, bytes], receive: Receive, response: _Response) -> None:
+    async def _serve(
+        self, route: Route, headers: Mapping[bytes, bytes], read_body: ReadBody, response: Response, watch: Watch
+    ) -> None:
         arrival_s = monotonic()
         traceparent = headers.get(b"traceparent", b"")
         caller = Caller(
             tenant=self._intake.tenants.of_authorization(headers.get(b"authorization", b"").decode("latin-1")),
             traceparent=traceparent.decode() if _TRACEPARENT.fullmatch(traceparent) else "",
         )
-        body = await _read_body(receive, headers, self._intake.limits.max_body_bytes)
+        body = await read_body()
         received_s = monotonic()
         exchange = await route(body, caller, arrival_s)
         if isinstance(exchange, bytes):
             await response.whole(200, exchange)
             return
         if not isinstance(exchange, Exchange):
-            await response.whole(200, await _unless_disconnected(exchange, receive))
+            await response.whole(200, await _unless_disconnected(exchange, watch))
             return
         generation = self._generations.begin(exchange.request, received_s=received_s)
-        watcher = asyncio.create_task(_cancel_on_disconnect(receive, generation))
+        unwatch = watch(generation.cancel)
         try:
             if exchange.request.streaming:
                 await _stream(generation, exchange.answer, response)
@@ -123,11 +154,11 @@ class PostedRoutes:
                 deltas = await generation.collect()
                 await response.whole(200, exchange.answer.whole(deltas, generation.usage))
         finally:
-            watcher.cancel()
+            unwatch()
             generation.cancel()
 
 
-async def _stream(generation: Generation, answer: AnswerForm, response: _Response) -> None:
+async def _stream(generation: Generation, answer: AnswerForm, response: Response) -> None:
     quiet = not await generation.wait_opened()
     await response.open(_SSE, answer.head() + (KEEP_ALIVE if quiet else b""))
     try:
@@ -145,27 +176,37 @@ async def _stream(generation: Generation, answer: AnswerForm, response: _Respons
         await response.close(answer.failed(error))
 
 
-async def _cancel_on_disconnect(receive: Receive, generation: Generation) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    generation.cancel()
+def _watch_over(receive: Receive) -> Watch:
+    def watch(gone: Callable[[], None]) -> Callable[[], object]:
+        async def wait() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone()
+
+        return asyncio.create_task(wait()).cancel
+
+    return watch
 
 
-async def _unless_disconnected(work: Coroutine[Any, Any, bytes], receive: Receive) -> bytes:
+async def _unless_disconnected(work: Coroutine[Any, Any, bytes], watch: Watch) -> bytes:
     """Raises Disconnected, with the work cancelled, when the client goes away before its end."""
+    working = asyncio.create_task(work)
+    left = False
 
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    def leave() -> None:
+        nonlocal left
+        left = True
+        working.cancel()
 
-    working, watching = asyncio.create_task(work), asyncio.create_task(gone())
+    unwatch = watch(leave)
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Disconnected
-        return working.result()
+        return await working
+    except asyncio.CancelledError:
+        if left:
+            raise Disconnected from None
+        raise
     finally:
-        watching.cancel()
+        unwatch()
         working.cancel()
 
 
@@ -195,39 +236,63 @@ async def _read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: in
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-class _Response:
+class Response:
     """The answer to one request: whole, or opened, written and closed."""
 
-    __slots__ = ("_opened", "_send", "request_id", "told")
+    __slots__ = ("_opened", "request_id", "told")
 
-    def __init__(self, send: Send, headers: Mapping[bytes, bytes], told: Callable[[TandemError], None]) -> None:
-        self._send = send
+    def __init__(self, headers: Mapping[bytes, bytes], told: Callable[[TandemError], None]) -> None:
         self.told = told
         self._opened = False
         given = headers.get(b"x-request-id", b"")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
 
-    async def open(self, headers: list[tuple[bytes, bytes]], body: bytes, status: int = 200) -> None:
-        self._opened = True
-        named = [*headers, (b"x-request-id", self.request_id.encode())]
-        await self._send({"type": "http.response.start", "status": status, "headers": named})
-        if body:
-            await self.write(body)
+    async def start(self, status: int, headers: list[Header], *, length: int | None) -> None:
+        """The head. ``length``: of the body, None = a stream."""
+        raise NotImplementedError
 
     async def write(self, body: bytes) -> None:
         """Waits while the client's connection is full."""
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        raise NotImplementedError
 
     async def close(self, body: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        """The last of it."""
+        raise NotImplementedError
 
-    async def whole(self, status: int, body: bytes, headers: list[tuple[bytes, bytes]] | None = None) -> None:
-        await self.open([_JSON, (b"content-length", str(len(body)).encode()), *(headers or [])], b"", status)
+    async def open(self, headers: list[Header], body: bytes) -> None:
+        self._opened = True
+        await self.start(200, [*headers, (b"x-request-id", self.request_id.encode())], length=None)
+        if body:
+            await self.write(body)
+
+    async def whole(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
+        self._opened = True
+        named = [_JSON, *headers, (b"x-request-id", self.request_id.encode())]
+        await self.start(status, named, length=len(body))
         await self.close(body)
 
-    async def error(self, error: TandemError, *headers: tuple[bytes, bytes]) -> None:
+    async def error(self, error: TandemError, *headers: Header) -> None:
         self.told(error)
         if self._opened:
             await self.close(event(error_body(error)) + DONE)
         elif not isinstance(error, Cancelled):  # else nobody is there to read it
             await self.whole(http_status(error), error_body(error), [*error_headers(error), *headers])
+
+
+class _AsgiResponse(Response):
+    __slots__ = ("_send",)
+
+    def __init__(self, send: Send, headers: Mapping[bytes, bytes], told: Callable[[TandemError], None]) -> None:
+        super().__init__(headers, told)
+        self._send = send
+
+    async def start(self, status: int, headers: list[Header], *, length: int | None) -> None:
+        if length is not None:
+            headers.append((b"content-length", str(length).encode()))
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def write(self, body: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def close(self, body: bytes) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})

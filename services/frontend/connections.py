@@ -51,8 +51,11 @@ class Connection(HttpToolsProtocol):
         self._headers.start()
 
     def on_headers_complete(self) -> None:
-        self._headers.stop()
+        self.headers_are_complete()
         super().on_headers_complete()
+
+    def headers_are_complete(self) -> None:
+        self._headers.stop()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -87,14 +90,15 @@ class _Deadline:
             self._timer = None
 
 
-def options(*, header_timeout_s: float, write_timeout_s: float) -> dict[str, Any]:
-    """uvicorn's settings that make its connections these."""
+def options(kind: type[Connection] = Connection, **options: Any) -> dict[str, Any]:
+    """uvicorn's settings that make its connections of this kind, with these options."""
     return {
-        "http": partial(Connection, header_timeout_s=header_timeout_s, write_timeout_s=write_timeout_s),
+        "http": partial(kind, **options),
         "ws": "none",
         "lifespan": "off",
         "access_log": False,
         "server_header": False,
+        "proxy_headers": False,  # nobody here asks for the client's address
         # Longer than clients keep theirs: else one is closed just when its client uses it again.
         "timeout_keep_alive": 75,
     }

@@ -1,0 +1,257 @@
+"""The posted routes without ASGI: requests go from uvicorn's parser to ``PostedRoutes.answer`` and straight back.
+
+What it saves, per request: ASGI's scope and messages, middleware, a task that watches for the client's leaving, and
+system calls, since all that a turn of the event loop has to say leaves in one write (docs/performance.md). Everything
+else about a connection stays uvicorn's: an exchange here has the face of uvicorn's request cycle, so that pipelining,
+keep-alive and graceful shutdown go on as they are. Requests that are in any way unusual take the way over ASGI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from services.frontend.asgi import BODY_TIMEOUT_S, Disconnected, Header, PostedRoutes, Response
+from services.frontend.connections import Connection
+from services.frontend.openai_routes import Route
+from tandem.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, TandemError
+
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+_UNKNOWN_STATUS = b"HTTP/1.1 %d \r\n"
+_END = b"0\r\n\r\n"
+
+
+class DirectConnection(Connection):
+    def __init__(self, *args: Any, posted: PostedRoutes, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._posted = posted
+        #: Of those that have come, in their order: they may be several, where a client does not wait for answers.
+        self._exchanges: list[_Exchange] = []
+
+    def on_headers_complete(self) -> None:
+        route = self._route()
+        if route is None:
+            super().on_headers_complete()
+            return
+        self.headers_are_complete()
+        headers = dict(self.headers)
+        before = self.cycle
+        exchange = _Exchange(self, self._posted, route, headers, keep_alive=self.parser.should_keep_alive())
+        self._exchanges.append(exchange)
+        self.cycle = exchange  # type: ignore[assignment]
+        if before is not None and not before.response_complete:
+            exchange.queued = True
+            self.flow.pause_reading()
+            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._posted.max_body_bytes:
+            exchange.fail(PayloadTooLarge(f"the body has {int(length)} bytes; the limit is {exchange.limit}"))
+
+    def _route(self) -> Route | None:
+        if self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
+            return None
+        if self.expect_100_continue or self.parser.should_upgrade() or self._posted.crowded:
+            return None
+        return self._posted.route(self.url.decode("latin-1"))
+
+    def on_body(self, body: bytes) -> None:
+        cycle: object = self.cycle
+        if type(cycle) is _Exchange:
+            cycle.feed(body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        cycle: object = self.cycle
+        if type(cycle) is _Exchange:
+            cycle.complete()
+        else:
+            super().on_message_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for exchange in self._exchanges:
+            exchange.left()
+        self._exchanges.clear()
+
+    def begin(self, exchange: _Exchange) -> None:
+        self._start_asgi_task(exchange, self.app)  # type: ignore[arg-type]
+
+    def ended(self, exchange: _Exchange) -> None:
+        self._exchanges.remove(exchange)
+        if not exchange.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
+
+
+class _Nothing:
+    """In the place of the event by which uvicorn's cycle hears of a lost connection: ``left`` says it here."""
+
+    def set(self) -> None:
+        return None
+
+
+class _Exchange:
+    """One request and its answer. Its task begins when the request is complete, or refused."""
+
+    message_event = _Nothing()
+
+    def __init__(
+        self,
+        connection: DirectConnection,
+        posted: PostedRoutes,
+        route: Route,
+        headers: Mapping[bytes, bytes],
+        *,
+        keep_alive: bool,
+    ) -> None:
+        self._connection = connection
+        self._posted = posted
+        self._route = route
+        self._headers = headers
+        self.limit = posted.max_body_bytes
+        self.keep_alive = keep_alive
+        self.response_complete = False
+        self.disconnected = False
+        #: Another is being answered before it; uvicorn begins this one in its turn.
+        self.queued = False
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._failure: TandemError | None = None
+        self._received = asyncio.Event()
+        self._on_leave: Callable[[], None] | None = None
+        self._timer: asyncio.TimerHandle | None = connection.loop.call_later(BODY_TIMEOUT_S, self._too_late)
+
+    # -- the request -----------------------------------------------------------------------------------------------
+
+    def feed(self, part: bytes) -> None:
+        if self._received.is_set():
+            return
+        self._size += len(part)
+        if self._size > self.limit:
+            self.fail(PayloadTooLarge(f"the body has more than {self.limit} bytes"))
+        else:
+            self._parts.append(part)
+
+    def complete(self) -> None:
+        if self._received.is_set():
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._received.set()
+        if not self.queued:
+            self._connection.begin(self)
+
+    def fail(self, error: TandemError) -> None:
+        self._failure = error
+        self._parts.clear()
+        self.complete()
+
+    def _too_late(self) -> None:
+        self.fail(RequestTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"))
+
+    async def _read_body(self) -> bytes:
+        await self._received.wait()
+        if self._failure is not None:
+            raise self._failure
+        if self.disconnected:
+            raise Disconnected
+        if not self._size:
+            raise InvalidRequest("the body is empty; a JSON object is expected")
+        parts, self._parts = self._parts, []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    # -- the answer ------------------------------------------------------------------------------------------------
+
+    async def run_asgi(self, app: object) -> None:
+        """The name by which uvicorn runs its cycles; no ASGI here."""
+        response = _DirectResponse(self._connection, self, self._headers, self._posted.told)
+        await self._posted.answer(self._route, self._headers, self._read_body, response, self._watch)
+        if not self.response_complete:  # nothing was said to a client that has left
+            self.response_complete = True
+            self._connection.transport.close()
+
+    def _watch(self, gone: Callable[[], None]) -> Callable[[], object]:
+        self._on_leave = gone
+        if self.disconnected:
+            gone()
+        return self._unwatch
+
+    def _unwatch(self) -> None:
+        self._on_leave = None
+
+    def left(self) -> None:
+        self.disconnected = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._received.set()
+        if self._on_leave is not None:
+            self._on_leave()
+
+
+class _DirectResponse(Response):
+    """What is written in one turn of the event loop leaves in one system call."""
+
+    __slots__ = ("_chunked", "_connection", "_exchange", "_out")
+
+    def __init__(
+        self,
+        connection: DirectConnection,
+        exchange: _Exchange,
+        headers: Mapping[bytes, bytes],
+        told: Callable[[TandemError], None],
+    ) -> None:
+        super().__init__(headers, told)
+        self._connection = connection
+        self._exchange = exchange
+        self._out: list[bytes] = []
+        self._chunked = False
+
+    async def start(self, status: int, headers: list[Header], *, length: int | None) -> None:
+        parts = [_STATUS_LINES.get(status) or _UNKNOWN_STATUS % status]
+        for name, value in self._connection.server_state.default_headers:
+            parts += name, b": ", value, b"\r\n"
+        for name, value in headers:
+            if name == b"connection" and value == b"close":
+                self._exchange.keep_alive = False
+            else:
+                parts += name, b": ", value, b"\r\n"
+        if not self._exchange.keep_alive:
+            parts.append(b"connection: close\r\n")
+        self._chunked = length is None
+        parts.append(
+            b"transfer-encoding: chunked\r\n\r\n" if length is None else b"content-length: %d\r\n\r\n" % length
+        )
+        self._say(b"".join(parts))
+
+    async def write(self, body: bytes) -> None:
+        if self._exchange.disconnected:
+            return
+        self._say(b"%x\r\n%b\r\n" % (len(body), body))
+        if self._connection.flow.write_paused:
+            await self._connection.flow.drain()
+
+    async def close(self, body: bytes) -> None:
+        exchange = self._exchange
+        if exchange.response_complete:
+            return
+        if self._chunked:
+            body = b"%x\r\n%b\r\n%b" % (len(body), body, _END) if body else _END
+        self._say(body)
+        self._flush()
+        exchange.response_complete = True
+        if not exchange.disconnected:
+            self._connection.ended(exchange)
+
+    def _say(self, data: bytes) -> None:
+        if not self._out:
+            self._connection.loop.call_soon(self._flush)
+        self._out.append(data)
+
+    def _flush(self) -> None:
+        if self._out and not self._exchange.disconnected:
+            self._connection.transport.write(b"".join(self._out))
+        self._out.clear()
