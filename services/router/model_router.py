@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import grpc
 
 from services.router.config import RouterSettings
+from services.router.doubts import Doubts
 from services.router.fences import Fences
 from services.router.fleet import Fleet, FleetListener, Loss
 from services.router.leadership import Leadership
@@ -36,6 +37,7 @@ from tandem.errors import (
     Refused,
     StoreUnavailable,
     TandemError,
+    UnknownRequest,
     WorkerLostError,
 )
 from tandem.v1 import bus_pb2, types_pb2, worker_pb2, worker_pb2_grpc
@@ -101,6 +103,7 @@ class ModelRouter:
         #: Of these, those about which the index is being asked: the scheduler does not know them yet.
         self._looking: set[RequestKey] = set()
         self._fences = Fences()
+        self._doubts = Doubts(settings.ask_after_s)
         self._tasks: asyncio.TaskGroup | None = None
         self._wakeup: asyncio.TimerHandle | None = None
         #: The index does not answer: load alone decides.
@@ -241,6 +244,8 @@ class ModelRouter:
         now = self._now()
         for event in batch.events:
             key = codec.key_from_wire(event.key)
+            if event.phase != bus_pb2.PHASE_UNKNOWN:
+                self._doubts.heard(key, now)
             match event.phase:
                 case bus_pb2.PHASE_PREFILL_DONE:
                     self.scheduler.prefill_done(key, now)
@@ -252,6 +257,10 @@ class ModelRouter:
                 case bus_pb2.PHASE_FAILED | bus_pb2.PHASE_ABORTED:
                     self.scheduler.failed(key, now)
                     self._submitted.pop(key, None)
+                case bus_pb2.PHASE_UNKNOWN:
+                    if self._doubts.denied(key, batch.worker.id):
+                        log.warning("request %s is known to none of its workers any more", key.id)
+                        self._fail(key, UnknownRequest("none of its workers knows this request"))
         self._poll()
 
     def _on_bounce(self, message: Message) -> None:
@@ -337,6 +346,16 @@ class ModelRouter:
             for key in self._submitted.keys() - self._looking:
                 if self.scheduler.state_of(key) is None:
                     del self._submitted[key]
+            self._ask_about_the_silent()
+
+    def _ask_about_the_silent(self) -> None:
+        self._doubts.keep(lambda key: self.scheduler.state_of(key) is not None)
+        if self.fleet.bus_in_doubt():
+            return
+        for worker, keys in self._doubts.questions(self._now()).items():
+            question = bus_pb2.TellAgain(keys=[codec.key_to_wire(key) for key in keys])
+            message = bus_pb2.WorkerMessage(tell_again=question).SerializeToString()
+            self._publish(subjects.work(self._cluster, worker), message, "")
 
     def _ask_workers(self) -> None:
         question = bus_pb2.WorkerMessage(tell_again=bus_pb2.TellAgain()).SerializeToString()
@@ -398,6 +417,7 @@ class ModelRouter:
         if not self._publish(subjects.work(self._cluster, first), data, reply):
             self._fail(key, WorkerLostError(f"assignment to {first} could not be sent"))
         submitted.raw = b""
+        self._doubts.placed(key, {first, plan.decode_worker}, self._now())
         if submitted.stay is not None:
             self._traces.placed(submitted.stay, effect)
             submitted.stay = None

@@ -23,6 +23,7 @@ class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PHASE_FINISHED: _ClassVar[Phase]
     PHASE_FAILED: _ClassVar[Phase]
     PHASE_ABORTED: _ClassVar[Phase]
+    PHASE_UNKNOWN: _ClassVar[Phase]
 LEG_UNSPECIFIED: Leg
 LEG_PREFILL: Leg
 LEG_LOCAL: Leg
@@ -33,6 +34,7 @@ PHASE_DECODING: Phase
 PHASE_FINISHED: Phase
 PHASE_FAILED: Phase
 PHASE_ABORTED: Phase
+PHASE_UNKNOWN: Phase
 
 class Submit(_message.Message):
     __slots__ = ("key", "model", "frontend", "rid", "tenant", "request_class", "timeout_ms", "ttft_slo_ms", "waited_ms", "isl_tokens", "prompt", "block_hashes", "sampling", "lora", "cache_salt", "traceparent", "avoid_workers", "local_only", "embed")
@@ -147,8 +149,10 @@ class Taint(_message.Message):
     def __init__(self, prefill: _Optional[_Union[_types_pb2.WorkerRef, _Mapping]] = ...) -> None: ...
 
 class TellAgain(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedCompositeFieldContainer[_types_pb2.RequestKey]
+    def __init__(self, keys: _Optional[_Iterable[_Union[_types_pb2.RequestKey, _Mapping]]] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
     __slots__ = ("assignment", "handoff", "repair", "taint", "tell_again")

@@ -9,11 +9,12 @@ and the frontend, who owns the request, submits again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from tandem.adapters.bus import Bus
 from tandem.core.blocks import token_ids
+from tandem.core.types import RequestKey
 from tandem.engine.protocol import Engine, EngineOutput, EngineRequest, KvHandoff
 from tandem.errors import (
     BusUnavailable,
@@ -189,6 +190,16 @@ class Execution:
             rid, _, frontend = rest.partition(":")
             error = HandoffFailed("the decode worker is gone")
             self._outbox.finish(frontend, error_finish(int(rid), error))
+
+    def tell_of(self, keys: Iterable[RequestKey]) -> None:
+        """The router has heard nothing of these for long."""
+        for key in keys:
+            running = self._table.get(key)
+            if running is None:
+                event = bus_pb2.LifecycleEvent(key=codec.key_to_wire(key), phase=bus_pb2.PHASE_UNKNOWN)
+                self._outbox.event(event)
+            else:
+                self._event(running, end_phase(running) if running.finish is not None else _phase(running))
 
     def tell_again(self) -> None:
         """The bus is back, and what was said around its outage may have reached nobody. All of this may be repeated:

@@ -37,7 +37,7 @@ from tandem.engine.protocol import Engine, EngineConfig, EngineInfo, KvEvent
 from tandem.errors import BusUnavailable, ConfigError, EngineFailed
 from tandem.telemetry.tracing import OFF, Tracing
 from tandem.v1 import bus_pb2, worker_pb2, worker_pb2_grpc
-from tandem.wire import subjects
+from tandem.wire import codec, subjects
 from tandem.worker.announcer import Announcer
 from tandem.worker.control import WorkerControl
 from tandem.worker.execution import Execution
@@ -216,7 +216,11 @@ class Worker:
             case "taint":
                 self.execution.taint(work.taint)
             case "tell_again":
-                self.execution.tell_again()
+                keys = [codec.key_from_wire(key) for key in work.tell_again.keys]
+                if keys:
+                    self.execution.tell_of(keys)
+                else:
+                    self.execution.tell_again()
             case kind:
                 log.error("message of unknown kind %r dropped", kind)
 

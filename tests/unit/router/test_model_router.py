@@ -62,7 +62,9 @@ class World:
             MemoryCounters(self.store),
         )
         self.router = ModelRouter(
-            settings=RouterSettings(deployment="", registry_interval_s=0.02, announce_interval_s=0.02),
+            settings=RouterSettings(
+                deployment="", registry_interval_s=0.02, announce_interval_s=0.02, ask_after_s=0.05
+            ),
             router="r",
             cluster="c",
             model="m",
@@ -126,9 +128,9 @@ class World:
         self.bus.publish(subjects.requests("c", "m", "r"), submit.SerializeToString())
         return key
 
-    def event(self, key: RequestKey, phase: bus_pb2.Phase) -> None:
+    def event(self, key: RequestKey, phase: bus_pb2.Phase, worker: str = "") -> None:
         event = bus_pb2.LifecycleEvent(key=codec.key_to_wire(key), phase=phase, output_tokens=10)
-        batch = bus_pb2.LifecycleEvents(events=[event])
+        batch = bus_pb2.LifecycleEvents(worker=types_pb2.WorkerRef(id=worker), events=[event])
         self.bus.publish(subjects.events("c", "m"), batch.SerializeToString())
 
     def abort(self, key: RequestKey) -> None:
@@ -285,6 +287,31 @@ async def test_after_an_outage_of_the_bus_workers_are_asked_what_became_of_their
     world.hub.stop()
     world.hub.start()
     await world.until(lambda: world.asked == ["w"], "asked")
+
+
+async def test_a_request_whose_every_event_was_lost_is_asked_about_and_given_up(world: World) -> None:
+    """No load report could show it: a worker that is never idle, or a KV transfer that never came."""
+    await world.worker("w")
+    key = world.submit(1)
+    await world.until(lambda: world.work["w"], "placed")
+    await world.until(lambda: world.asked, "the worker is asked")
+    assert world.router.kept == 1
+    world.event(key, bus_pb2.PHASE_UNKNOWN, worker="w")
+    await world.nothing_kept()
+    await world.until(lambda: world.rejects == {1: "unknown_request"}, "its frontend may submit it again")
+
+
+async def test_a_worker_that_knows_a_silent_request_keeps_it_booked(world: World) -> None:
+    await world.worker("w")
+    key = world.submit(1)
+    await world.until(lambda: world.work["w"], "placed")
+    world.event(key, bus_pb2.PHASE_UNKNOWN, worker="another")
+    for phase in (bus_pb2.PHASE_ACCEPTED, bus_pb2.PHASE_DECODING):
+        world.event(key, phase, worker="w")
+    await world.until(lambda: len(world.asked) >= 2, "asked twice")
+    assert (world.router.kept, world.rejects) == (1, {})
+    world.event(key, bus_pb2.PHASE_FINISHED, worker="w")
+    await world.nothing_kept()
 
 
 async def test_what_the_scheduler_has_given_up_is_not_kept(world: World) -> None:
