@@ -26,6 +26,7 @@ from tandem import errors
 from tandem.adapters import deployment, settings
 from tandem.adapters.grpc_errors import STATUS
 from tandem.cli.chat import ChatSettings
+from tandem.cli.console_client import ConsoleClientSettings
 from tandem.cli.up import UpSettings
 from tandem.core.policy import Policy
 from tandem.telemetry import metric_table, spans
@@ -148,7 +149,11 @@ SERVICES: list[tuple[str, type[Any]]] = [
     ("`services.console`", ConsoleSettings),
     ("`services.prefill` and `services.decode`", WorkerSettings),
 ]
-COMMANDS: list[tuple[str, type[Any]]] = [("`tandem up`", UpSettings), ("`tandem chat`", ChatSettings)]
+COMMANDS: list[tuple[str, type[Any]]] = [
+    ("`tandem up`", UpSettings),
+    ("`tandem chat`", ChatSettings),
+    ("`tandem trace` and `tandem top`", ConsoleClientSettings),
+]
 
 
 def settings_page() -> list[str]:

@@ -21,6 +21,7 @@ from services.console.activity import OUTCOMES, STATES, Activity, Delta
 from services.console.cluster_view import ClusterView
 from services.console.config import ConsoleSettings, addresses
 from services.console.feed import Feed, encoded
+from services.console.frontend_counts import FrontendCounts
 from services.console.otlp import MAX_BODY_BYTES, SERVICE_NAME, TraceReceiver
 from services.console.series import Series
 from services.console.spans import Span
@@ -69,7 +70,9 @@ class Console:
         self._began_unix_ms = clock.unix_milliseconds()
         self._history_ms = settings.map_history_s * 1e3
         self.activity = Activity(self._history_ms)
-        self.series = Series()
+        counted = addresses(settings.frontend_metrics)
+        self.series = Series(counted=bool(counted))
+        self._counts = FrontendCounts(counted, lambda counts: self.series.count(counts, clock.monotonic()))
         slos = {c.name: Slo(c.ttft_slo_s, c.tpot_slo_s) for c in wanted.classes}
         self.ring = TraceRing(settings.trace_ring, settings.kept_traces, slos, self._trace_ended)
         self.view = ClusterView(self._models, addresses(settings.routers), clock.monotonic)
@@ -114,6 +117,7 @@ class Console:
         assert self._socket is not None, "not started"
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.view.run(), name="ask the routers")
+            tasks.create_task(self._counts.run(), name="count requests")
             tasks.create_task(self._publish(), name="feed pages")
             tasks.create_task(self._http.serve(sockets=[self._socket]), name="serve")
 

@@ -19,6 +19,9 @@ class ConsoleSettings(CommonSettings):
     console_token: str = option("", doc="What a browser must show; needed beyond loopback. 16 characters at least.")
     routers: str = option("", doc="host:port of each router's gRPC server, comma-separated.")
     frontends: str = option("", doc="host:port of each frontend's gRPC server, comma-separated; for trying it out.")
+    frontend_metrics: str = option(
+        "", doc="URL of each frontend's metrics, comma-separated: rates are theirs; empty = of traced requests only."
+    )
     trace_ring: int = option(2000, doc="Traces that are kept, the newest ones.")
     kept_traces: int = option(500, doc="Slow and failed traces that are kept beyond that.")
     map_history_s: float = option(120.0, doc="How far back the space-time map goes for a page that has just opened.")

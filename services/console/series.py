@@ -1,7 +1,9 @@
 """Figures over time: one bucket a second, a bounded number of them. Pure; times in seconds of the console's clock.
 
-TTFT and rates are over requests whose traces ended in that second. Of the times between tokens each request has its own
-median and 99th percentile: p50 is the median of the former, p99 the 99th percentile of the latter.
+TTFT and hit rate are over requests whose traces ended in that second; traces that are there only because a request was
+slow or failed are left out. Rates are the frontends' own counts; where those are not to be had, of traces, too. Of the
+times between tokens each request has its own median and 99th percentile: p50 is the median of the former, p99 the 99th
+percentile of the latter.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.console.frontend_counts import Counts
 from services.console.summary import Summary
 
 LENGTH_S = 900
@@ -23,20 +26,23 @@ class Bucket:
     ttft_s: list[float] = field(default_factory=list)
     itl_p50_s: list[float] = field(default_factory=list)
     itl_p99_s: list[float] = field(default_factory=list)
-    ended: int = 0
-    failed: int = 0
-    good: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
+    ended: float = 0
+    failed: float = 0
+    good: float = 0
+    input_tokens: float = 0
+    output_tokens: float = 0
+    #: Of traced requests, for the hit rate.
+    prompt_tokens: int = 0
     cached_tokens: int = 0
     queued: int = 0
     in_flight: int = 0
 
 
 class Series:
-    """``offered`` counts requests that ended, however they did: goodput is over these."""
+    """``ended`` counts requests, however they ended: goodput is over these. ``counted``: rates come from counters."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, counted: bool) -> None:
+        self._counted = counted
         self._buckets: deque[Bucket] = deque(maxlen=LENGTH_S)
 
     def _bucket(self, now: float) -> Bucket:
@@ -50,17 +56,27 @@ class Series:
 
     def request_ended(self, summary: Summary, now: float) -> None:
         bucket = self._bucket(now)
-        bucket.ended += 1
-        if summary.error:
-            bucket.failed += 1
-        elif summary.slo_met is not False:
-            bucket.good += 1
-        if not summary.error:
+        if not self._counted:
+            bucket.ended += 1
+            bucket.failed += bool(summary.error)
+            bucket.good += not summary.error and summary.slo_met is not False
             bucket.input_tokens += summary.input_tokens
-            bucket.cached_tokens += min(summary.cached_tokens, summary.input_tokens)
             bucket.output_tokens += summary.output_tokens
+        if summary.why not in ("", "sampled"):
+            return
+        if not summary.error:
+            bucket.prompt_tokens += summary.input_tokens
+            bucket.cached_tokens += min(summary.cached_tokens, summary.input_tokens)
         if summary.ttft_s is not None and len(bucket.ttft_s) < _MOST_VALUES:
             bucket.ttft_s.append(summary.ttft_s)
+
+    def count(self, counts: Counts, now: float) -> None:
+        bucket = self._bucket(now)
+        bucket.ended += counts.offered
+        bucket.good += counts.good
+        bucket.failed += counts.failed
+        bucket.input_tokens += counts.input_tokens
+        bucket.output_tokens += counts.output_tokens
 
     def decoded(self, p50_s: float, p99_s: float, now: float) -> None:
         """One request's own percentiles of the time between its tokens."""
@@ -106,7 +122,7 @@ def _point(buckets: list[Bucket], span_s: int) -> dict[str, Any]:
     ttft = sorted(v for b in buckets for v in b.ttft_s)
     itl_p50 = sorted(v for b in buckets for v in b.itl_p50_s)
     itl_p99 = sorted(v for b in buckets for v in b.itl_p99_s)
-    ended, tokens_in = sum(b.ended for b in buckets), sum(b.input_tokens for b in buckets)
+    ended, prompts = sum(b.ended for b in buckets), sum(b.prompt_tokens for b in buckets)
     good = sum(b.good for b in buckets)
     return {
         "ttft_p50_s": _percentile(ttft, 0.5),
@@ -117,8 +133,8 @@ def _point(buckets: list[Bucket], span_s: int) -> dict[str, Any]:
         "failed_per_s": sum(b.failed for b in buckets) / span_s,
         "goodput_per_s": good / span_s,
         "attainment": good / ended if ended else None,
-        "hit_rate": sum(b.cached_tokens for b in buckets) / tokens_in if tokens_in else None,
-        "input_tokens_per_s": tokens_in / span_s,
+        "hit_rate": sum(b.cached_tokens for b in buckets) / prompts if prompts else None,
+        "input_tokens_per_s": sum(b.input_tokens for b in buckets) / span_s,
         "output_tokens_per_s": sum(b.output_tokens for b in buckets) / span_s,
         "queued": max(b.queued for b in buckets),
         "in_flight": max(b.in_flight for b in buckets),

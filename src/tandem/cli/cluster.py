@@ -58,6 +58,8 @@ class Service:
 
     @property
     def metrics(self) -> str:
+        if self.env["TANDEM_METRICS_PORT"] == "-1":
+            return ""
         return f"{self.env['TANDEM_METRICS_HOST']}:{self.env['TANDEM_METRICS_PORT']}"
 
 
@@ -173,6 +175,8 @@ def _console(
         "TANDEM_HTTP_HOST": host,
         "TANDEM_HTTP_PORT": str(http_port),
         "TANDEM_ROUTERS": ",".join(router.grpc for router in routers),
+        "TANDEM_METRICS_PORT": "-1",  # it has none of its own
+        "TANDEM_FRONTEND_METRICS": ",".join(f"http://{f.metrics}/metrics" for f in frontends),
         "TANDEM_FRONTENDS": ",".join(f"{reachable(f.grpc_host)}:{f.grpc_port}" for f in frontends),
     }
     if around.console_token:

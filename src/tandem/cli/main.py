@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("tandem.cli.explain", "show where a prompt would run, and why"),
     "policy": ("tandem.cli.policy", "show or change what the router decides by"),
     "role": ("tandem.cli.role", "give a running worker another role"),
+    "top": ("tandem.cli.top", "watch workers, load and queue live"),
+    "trace": ("tandem.cli.trace", "show where a request's time went"),
     "sim": ("tandem.sim.cli", "replay a workload on a simulated fleet, in virtual time"),
     "plan": ("tandem.cli.plan", "find the cheapest fleet that serves a workload"),
     "profile": ("tandem.cli.profile", "fit a timing profile to this machine's engine"),

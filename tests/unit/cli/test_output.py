@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tandem.cli import main
-from tandem.cli.status import as_text, table
+from tandem.cli.status import RouterAnswer, as_text, table
 from tandem.cli.terminal import Terminal
 from tandem.v1 import bus_pb2, router_pb2, types_pb2
 
@@ -33,10 +33,30 @@ def test_status_shows_a_worker_with_the_role_it_has_now() -> None:
         liveness="alive",
     )
     leader = router_pb2.Leader(model="m", router="router", epoch=7, self=True)
-    text = "\n".join(as_text(None, [worker], [leader]))
+    text = "\n".join(as_text(None, RouterAnswer([worker], [leader])))
     assert "decode" in text and "prefill\n" not in text
     assert "9/64" in text
     assert "router" in text
+
+
+def test_status_shows_who_waits_and_what_is_booked() -> None:
+    worker = router_pb2.WorkerState(
+        info=bus_pb2.WorkerInfo(ref=types_pb2.WorkerRef(id="w-1"), model="m", kv_blocks_total=64), liveness="alive"
+    )
+    books = router_pb2.GetAccountingResponse(
+        queued=3,
+        queued_tokens=777,
+        oldest_wait_s=1.25,
+        in_flight=5,
+        queue_by_class=[router_pb2.QueueDepth(name="batch", requests=3, tokens=777), router_pb2.QueueDepth(name="top")],
+        workers=[router_pb2.Booked(worker="w-1", in_flight=5, kv_blocks_in_use=17)],
+    )
+    answer = RouterAnswer([worker], [router_pb2.Leader(model="m", router="router", epoch=7)], {"m": books})
+    lines = [line.split() for line in as_text(None, answer)]
+    assert ["m", "router", "7", "5", "3", "777", "1.2", "s"] in lines
+    assert ["m", "class", "batch", "3", "777"] in lines
+    assert not any("top" in line for line in lines)
+    assert next(line for line in lines if line[:1] == ["w-1"])[-2:] == ["5", "17"]
 
 
 def test_lines_carry_the_name_of_their_process(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,92 @@
+"""How many requests ended, and how: from the frontends' own counters, which count every request, traced or not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tandem.telemetry import metric_table
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+_TIMEOUT_S = 2.0
+_MAX_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Since a process began, or since the last look at it."""
+
+    offered: float = 0.0
+    good: float = 0.0
+    failed: float = 0.0
+    input_tokens: float = 0.0
+    output_tokens: float = 0.0
+
+    def since(self, before: Counts) -> Counts:
+        """A counter that has become smaller belongs to a new process: all of it is new."""
+        pairs = [(getattr(self, f.name), getattr(before, f.name)) for f in fields(Counts)]
+        restarted = any(now < then for now, then in pairs)
+        return self if restarted else Counts(*(now - then for now, then in pairs))
+
+
+_COUNTERS = {
+    metric_table.OFFERED_REQUESTS.name: "offered",
+    metric_table.GOOD_REQUESTS.name: "good",
+    metric_table.FRONTEND_ERRORS.name: "failed",
+}
+_USAGE_SUM = f"{metric_table.TOKEN_USAGE.name}_sum"
+
+
+def counts_of(exposition: str) -> Counts:
+    """Of one frontend, over its models, tenants and classes. ValueError for what is no Prometheus text."""
+    sums = {f.name: 0.0 for f in fields(Counts)}
+    for family in text_string_to_metric_families(exposition):
+        for sample in family.samples:
+            if sample.name in _COUNTERS:
+                sums[_COUNTERS[sample.name]] += sample.value
+            elif sample.name == _USAGE_SUM:
+                kind = sample.labels.get(metric_table.TOKEN_TYPE.name)
+                sums["input_tokens" if kind == "input" else "output_tokens"] += sample.value
+    return Counts(**sums)
+
+
+class FrontendCounts:
+    """Asks every frontend once a second; ``on_counts`` hears what came since the last look."""
+
+    def __init__(self, urls: Sequence[str], on_counts: Callable[[Counts], None]) -> None:
+        self._urls = urls
+        self._on_counts = on_counts
+        self._last: dict[str, Counts] = {}
+        self._away: set[str] = set()
+
+    async def run(self) -> None:
+        while self._urls:
+            await asyncio.gather(*(self._look(url) for url in self._urls))
+            await asyncio.sleep(POLL_S)
+
+    async def _look(self, url: str) -> None:
+        try:
+            counts = counts_of(await asyncio.to_thread(_fetch, url))
+        except (OSError, ValueError) as error:
+            if url not in self._away:
+                log.warning("no metrics from %s: %s", url, error)
+            self._away.add(url)
+            return
+        self._away.discard(url)
+        before, self._last[url] = self._last.get(url), counts
+        if before is not None:  # what was before we came is nobody's second
+            self._on_counts(counts.since(before))
+
+
+def _fetch(url: str) -> str:
+    # Metrics are in the cluster: no proxy.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=_TIMEOUT_S) as response:
+        return str(response.read(_MAX_BYTES).decode())
