@@ -64,6 +64,12 @@ bench-serve: setup-dev  ## cost of serving, beside a peer whose KIT=FOLDER is gi
 tokenizer-fuzz: setup-dev  ## the fast tokeniser against Hugging Face's on COUNT random texts
 	@TOKENIZER_TEXTS=$(COUNT) TOKENIZER_SEED=$(SEED) $(PY) -m pytest tests/unit/frontend/test_fast_tokenizer.py -k same_tokens
 
+bench-profile: setup-dev  ## does the simulator predict this machine? a real run, and the same arrivals simulated
+	@$(PY) -m bench.bench_profile $(ARGS)
+
+bench-qos: setup-dev  ## what tenants and classes get from a live router under overload
+	@$(PY) -m bench.bench_qos $(ARGS)
+
 format: setup-dev  ## format the code
 	@$(PY) -m ruff check --fix --quiet .
 	@$(PY) -m ruff format --quiet .
