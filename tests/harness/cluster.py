@@ -44,6 +44,7 @@ class Cluster:
     ) -> None:
         """``env``: settings of `tandem up`, such as a server of one's own."""
         self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         self._env = dict(env or {})
         frontends = int(deployment.get("frontends", 1))
         self.http_port, self.grpc_port = free_ports(frontends), free_ports(frontends)

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import grpc
 import httpx
@@ -27,6 +28,14 @@ class Address:
 
     grpc: str
     http: str = ""
+
+
+class Way(Enum):
+    """How a request is made."""
+
+    GRPC = "gRPC"
+    STREAMED = "HTTP, streamed"
+    WHOLE = "HTTP, not streamed"
 
 
 @dataclass(eq=False)
@@ -188,12 +197,15 @@ class Load:
         seed: int = 0,
         timeout_s: float = 60.0,
         http_every: int = 0,
+        way: Way | None = None,
     ) -> None:
+        """``way``: of all, whatever ``http_every`` says."""
         self.answers = answers
         self._frontends = [Frontend(address, answers) for address in addresses]
         self._rng = random.Random(seed)
         self._timeout_s = timeout_s
         self._http_every = http_every
+        self._way = way
         self.streams: list[Stream] = []
 
     async def __aenter__(self) -> Load:
@@ -211,14 +223,20 @@ class Load:
             prompt = self.answers.prompt(self._rng, isl)
             expected = self.answers.expected(prompt, max_tokens)
             stream = Stream(prompt, max_tokens, expected)
-            if self._http_every and number % self._http_every == self._http_every - 1:
+            way = self._way or self._way_of(number)
+            if way is not Way.GRPC:
                 stream.text_expected = self.answers.text(expected)
-                stream.streaming = number % (2 * self._http_every) < self._http_every
+                stream.streaming = way is Way.STREAMED
             frontend = self._frontends[number % len(self._frontends)]
             stream.task = asyncio.create_task(stream.run(frontend, self._timeout_s))
             self.streams.append(stream)
             started.append(stream)
         return started
+
+    def _way_of(self, number: int) -> Way:
+        if not self._http_every or number % self._http_every != self._http_every - 1:
+            return Way.GRPC
+        return Way.STREAMED if number % (2 * self._http_every) < self._http_every else Way.WHOLE
 
     async def arrive(self, every_s: float, max_tokens: int, *, isl: tuple[int, int] = (40, 400)) -> None:
         """One more request every so often, until cancelled."""

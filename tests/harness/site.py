@@ -35,6 +35,7 @@ def deployment(
         "routers": routers,
         "frontends": frontends,
         "policy": {"local_prefill": False},
+        "console": {"enabled": False},
         "models": [
             {
                 "name": MODEL,
