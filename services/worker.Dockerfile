@@ -20,8 +20,12 @@ RUN --mount=type=bind,source=deploy/wheels,target=/wheels \
  && python -m venv --without-pip /venv \
  && pip --python /venv/bin/python install --no-cache-dir --find-links /wheels -c base.lock -r needs.txt
 
-FROM packages AS project
-COPY README.md ./
+FROM ${PYTHON_IMAGE} AS project
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_NO_INDEX
+WORKDIR /build
+COPY pyproject.toml README.md requirements/base.lock ./
 COPY src src
 COPY services services
 RUN --mount=type=bind,source=deploy/wheels,target=/wheels \

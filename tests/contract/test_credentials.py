@@ -95,6 +95,7 @@ def test_files_are_private_and_passwords_stay(tmp_path: Path) -> None:
     assert {str(path.relative_to(tmp_path)) for path in written} == {
         "nats/users.conf",
         "redis/users.acl",
+        "console/token",
         *(f"{user}/{server}-url" for user in PASSWORDS for server in ("nats", "redis")),
     }
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in written)

@@ -6,6 +6,7 @@
     FOLDER/redis/users.acl       for Redis: the same users, on the cluster's keys only; Redis holds no plain password
     FOLDER/<kind>/nats-url       for TANDEM_NATS_URL_FILE of that kind of process
     FOLDER/<kind>/redis-url      for TANDEM_REDIS_URL_FILE
+    FOLDER/console/token         for TANDEM_CONSOLE_TOKEN_FILE, and for the operator's browser
 
 Each subfolder is one party's secret and may lie on a volume of its own. Passwords that are there already stay, so
 that it may run at each start; nothing is ever printed.
@@ -38,6 +39,8 @@ def make(folder: Path, *, cluster: str, nats: str, redis: str) -> None:
     for user, password in passwords.items():
         _write(folder / user / "nats-url", f"nats://{user}:{password}@{nats}\n")
         _write(folder / user / "redis-url", f"redis://{user}:{password}@{redis}/0\n")
+    if not (folder / "console" / "token").exists():
+        _write(folder / "console" / "token", secrets.token_urlsafe(24) + "\n")
     _write(folder / "nats" / "users.conf", nats_users(users, passwords))
     _write(folder / "redis" / "users.acl", redis_users(cluster, passwords))
 

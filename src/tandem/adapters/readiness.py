@@ -10,13 +10,15 @@ ends with status 0 if so, for whoever checks from outside (a container's health 
 from __future__ import annotations
 
 import asyncio
+import http.client
 import sys
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
 
-from tandem.adapters.addresses import is_wildcard, own_address
+from tandem.adapters.addresses import own_address
 
 ATTEMPT_S = 1.0
+CHECK_S = 5.0
 
 Probe = Callable[[], Awaitable[bool]]
 
@@ -68,20 +70,38 @@ async def _listens(host: str, port: int) -> bool:
     return True
 
 
-def probe_of(url: str) -> Probe:
-    """ValueError for a URL of another kind."""
+def check(url: str) -> bool:
+    """The same for a process that asks once and ends: no event loop, whose import would cost most. ValueError for a
+    URL of another kind."""
     parts = urlsplit(url)
     host, port = own_address(parts.hostname or ""), parts.port
     if not host or port is None or parts.scheme not in ("grpc", "http"):
         raise ValueError(f"{url!r} is neither grpc://HOST:PORT nor http://HOST:PORT/PATH")
-    if is_wildcard(host):
-        host = "::1" if ":" in host else "127.0.0.1"
-    return grpc_serving(host, port) if parts.scheme == "grpc" else http_ok(host, port, parts.path or "/")
+    return _grpc_check(host, port) if parts.scheme == "grpc" else _http_check(host, port, parts.path or "/")
 
 
-async def _check(url: str) -> bool:
-    return await probe_of(url)()
+def _grpc_check(host: str, port: int) -> bool:
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    with grpc.insecure_channel(f"{host}:{port}", options=(("grpc.enable_http_proxy", 0),)) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=CHECK_S)
+        except grpc.RpcError:
+            return False
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _http_check(host: str, port: int, path: str) -> bool:
+    connection = http.client.HTTPConnection(host, port, timeout=CHECK_S)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 if __name__ == "__main__":
-    sys.exit(not asyncio.run(_check(sys.argv[1])))
+    sys.exit(not check(sys.argv[1]))
