@@ -63,6 +63,9 @@ class Tandem(Stack):
     #: Of the model in the deployment file: "auto" or "hf".
     tokenizer: str = "auto"
     processes: int = 1
+    #: Of `tandem up`, beside this process's own.
+    env: Mapping[str, str] = field(default_factory=dict)
+    console: bool = True
     target: Target = field(init=False)
     _process: subprocess.Popen[bytes] | None = None
 
@@ -72,6 +75,7 @@ class Tandem(Stack):
         file = self.folder / "deployment.yaml"
         file.write_text(yaml.safe_dump(self._deployment(http, key)))
         env = {k: v for k, v in os.environ.items() if not k.startswith("TANDEM_")}
+        env.update(self.env)
         env["XDG_RUNTIME_DIR"] = env["XDG_STATE_HOME"] = str(self.folder)
         command = [sys.executable, "-m", "tandem.cli.main", "up", "-f", str(file)]
         with (self.folder / "log").open("wb") as log:
@@ -108,6 +112,7 @@ class Tandem(Stack):
             "cluster": f"bench-{self.name}",
             "http": {"port": http},
             "grpc": {"port": free_port()},
+            "console": {"enabled": self.console},
             "models": [model],
             # As a user would have it: every request is authenticated.
             "tenants": [{"name": "bench", "api_key_sha256": [hashlib.sha256(key.encode()).hexdigest()]}],
