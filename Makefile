@@ -52,8 +52,9 @@ fuzz: setup-dev  ## hostile inputs to the frontend, COUNT of them; then COUNT gu
 proto: setup-dev  ## generate src/tandem/v1 from proto/
 	@$(PY) scripts/proto.py
 
-docs: setup-dev  ## generate the reference pages in docs/
+docs: setup-dev  ## generate the reference pages in docs/ and the dashboards in deploy/observability/
 	@$(PY) docs/generate.py
+	@$(PY) deploy/observability/dashboards.py
 
 bench-sim: setup-dev  ## simulated goodput of ours against static fleets; QUICK=1, TRACES="FILE ..."
 	@$(PY) bench/bench_sim.py $(if $(QUICK),--quick) $(addprefix --trace ,$(TRACES)) $(ARGS)

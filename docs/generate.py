@@ -247,11 +247,10 @@ def _meaning(attribute: str) -> str:
 METRICS_INTRO = """\
 # Metrics
 
-Each service has a Prometheus endpoint of its own, `http://TANDEM_METRICS_HOST:TANDEM_METRICS_PORT/metrics`
-(OpenMetrics too, where a scraper asks for it). It has no authentication and binds the loopback interface unless it is
-told otherwise. `tandem up` gives every process a free port: `tandem status` lists them, and `prometheus.json` in the
-run folder has them as Prometheus' `file_sd_configs` reads it. Alert rules and Grafana dashboards are in
-`deploy/observability/`.
+Each service has a Prometheus endpoint of its own, `http://TANDEM_METRICS_HOST:TANDEM_METRICS_PORT/metrics`.
+It has no authentication and binds the loopback interface unless it is told otherwise. `tandem up` gives every process a
+free port: `tandem status` lists them, and `prometheus.json` in the run folder has them as Prometheus' `file_sd_configs`
+reads it. Alert rules and Grafana dashboards are in `deploy/observability/`.
 
 A scrape is answered by the event loop, so a process that hangs fails its scrapes. Labels have the values of the
 deployment file (`model`, `tenant`, `class`) or of the lists below; anything else becomes `other`.

@@ -3,29 +3,40 @@
 What is counted is read on the event loop (``Instruments.read``: quick) and turned into text in the thread. So a scrape
 costs the loop next to nothing, and a process whose loop hangs fails its scrapes instead of looking well. The endpoint
 has no authentication: it is for a private interface. Open it after the engine: it is a thread, and engines fork.
+
+Only the classic text format, whatever the scraper would rather have: in OpenMetrics the library (0.26) turns ``vllm:``
+into ``vllm_``, and every dashboard for vLLM looks for the colon.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from wsgiref.simple_server import WSGIServer
+from typing import TYPE_CHECKING
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.core import Metric as Family
+from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from tandem.errors import ConfigError
 from tandem.telemetry.instruments import Instruments, Sample, families
 from tandem.telemetry.metric_table import Metric
 
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
 log = logging.getLogger(__name__)
 
 #: A loop that does not answer for so long hangs.
 READ_TIMEOUT_S = 5.0
+#: A scraper that neither asks nor reads for so long is hung up on.
+SCRAPER_TIMEOUT_S = 10.0
 #: As the port: no endpoint.
 OFF = -1
 
@@ -57,18 +68,45 @@ async def endpoint(
     for collector in (_FromLoop(instruments, asyncio.get_running_loop()), *collectors):
         registry.register(collector)
     try:
-        server, _ = start_http_server(port, host, registry)
+        server = make_server(host, port, _app(registry), _Server6 if ":" in host else _Server, _Quiet)
     except OSError as error:
         raise ConfigError(
             f"cannot serve metrics on {host}:{port}: {error.strerror or error} "
             "(TANDEM_METRICS_HOST, TANDEM_METRICS_PORT)"
         ) from None
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
     log.info("metrics: http://%s:%d/metrics", host, server.server_port)
     try:
         yield server.server_port
     finally:
         # The server looks twice a second whether it is to end; only a thread need wait for that.
         threading.Thread(target=_close, args=(server,), daemon=True).start()
+
+
+class _Server(ThreadingWSGIServer):
+    daemon_threads = True
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Quiet(WSGIRequestHandler):
+    timeout = SCRAPER_TIMEOUT_S
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Scrapes are no news."""
+
+
+def _app(registry: CollectorRegistry) -> WSGIApplication:
+    in_any_format = make_wsgi_app(registry)
+
+    def app(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        environ["HTTP_ACCEPT"] = "text/plain"
+        body: Iterable[bytes] = in_any_format(environ, start_response)
+        return body
+
+    return app
 
 
 def _close(server: WSGIServer) -> None:

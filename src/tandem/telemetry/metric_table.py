@@ -307,9 +307,7 @@ BUILD = _gauge("tandem_build_info", ALL, "Always 1.", SERVICE, VERSION)
 BUS_CONNECTED = _gauge("tandem_bus_connected", ALL, "1: the connection to NATS is up.")
 BUS_RECONNECTS = _counter("tandem_bus_reconnects_total", ALL, "Connections to NATS after the first.")
 BUS_MALFORMED = _counter("tandem_bus_malformed_messages_total", ALL, "Messages that are not what their subject is for.")
-BUS_HANDLER_ERRORS = _counter(
-    "tandem_bus_handler_errors_total", ALL, "Messages whose handling failed: defects."
-)
+BUS_HANDLER_ERRORS = _counter("tandem_bus_handler_errors_total", ALL, "Messages whose handling failed: defects.")
 BUS_REFUSED = _counter("tandem_bus_refused_publishes_total", ALL, "Messages refused because too much waits for NATS.")
 BUS_ERRORS = _counter("tandem_bus_server_errors_total", ALL, "What NATS complained of.")
 
