@@ -87,6 +87,7 @@ class Console:
                 web_app(sources, settings.console_token),
                 log_config=None,
                 access_log=False,
+                lifespan="off",
                 timeout_graceful_shutdown=CLOSE_S,
             )
         )

@@ -656,7 +656,9 @@ function fitted(g, text, room) {
   let found = widths.get(key);
   if (found === undefined) {
     found = text;
-    while (found.length > 3 && g.measureText(found).width > room) found = found.slice(0, -2).replace(/…?$/, "…");
+    // The end of a name tells workers apart: what goes is the middle.
+    for (let keep = text.length - 2; keep > 3 && g.measureText(found).width > room; keep--)
+      found = text.slice(0, Math.ceil(keep / 2)) + "…" + text.slice(text.length - Math.floor(keep / 2));
     if (widths.size > 4000) widths.clear();
     widths.set(key, found);
   }
