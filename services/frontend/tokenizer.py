@@ -46,6 +46,8 @@ class Tokenizer:
         )
         #: id -> the bytes it stands for; None when this tokenizer is not byte-level.
         self.byte_table = _byte_table(self._hf)
+        #: id -> its text, where it is text whatever stands around it; () when this tokenizer is not byte-level.
+        self.text_table: Sequence[str | None] = _text_table(self.byte_table or (), self.special_ids)
         self._longest_token = self._longest()
         added = [token.content for token in self._hf.get_added_tokens_decoder().values()]
         proven = fast_tokenizer.proven(path, self._truth, added, model or folder.name) if fast else None
@@ -140,6 +142,17 @@ def _byte_table(hf: HfTokenizer) -> list[bytes] | None:
         known = [byte_of.get(char) for char in token]
         table.append(token.encode() if None in known else bytes(b for b in known if b is not None))
     return table if _table_agrees(hf, table) else None
+
+
+def _text_table(byte_table: Sequence[bytes], special: frozenset[int]) -> list[str | None]:
+    """None for parts of characters, and for special tokens, which may have to be left out."""
+    table: list[str | None] = []
+    for token_id, data in enumerate(byte_table):
+        try:
+            table.append(None if token_id in special else data.decode())
+        except UnicodeDecodeError:
+            table.append(None)
+    return table
 
 
 def _byte_of_char() -> dict[str, int]:
