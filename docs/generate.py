@@ -26,6 +26,7 @@ from tandem import errors
 from tandem.adapters import deployment, settings
 from tandem.adapters.grpc_errors import STATUS
 from tandem.cli.chat import ChatSettings
+from tandem.cli.cluster import TRACES_PER_S
 from tandem.cli.console_client import ConsoleClientSettings
 from tandem.cli.up import UpSettings
 from tandem.core.policy import Policy
@@ -191,12 +192,12 @@ TRACING_INTRO = """# Tracing
 
 One trace per request, over OTLP. `OTEL_EXPORTER_OTLP_ENDPOINT` (and its relatives) names the collector,
 `OTEL_EXPORTER_OTLP_PROTOCOL` says `grpc` (default) or `http/protobuf`; [settings.md](settings.md) has every option.
-Without a collector and without a console nothing is traced and nothing of OpenTelemetry is imported.
+Without a collector and without a console nothing is traced, and no exporter is imported.
 
 **Whose trace.** A client's `traceparent` (HTTP header, gRPC metadata) is honoured: its trace goes on, and its decision
 whether it is sampled stands. Without one the frontend begins a trace and decides: `TANDEM_TRACE_RATIO` of the
-requests, and up to `TANDEM_TRACE_PER_S` a second whatever the share. `tandem up` traces 50 a second, so that at low
-load every request can be looked at and at high load tracing stays a matter of a few per cent.
+requests, and up to `TANDEM_TRACE_PER_S` a second whatever the share. `tandem up` traces {per_s} a second, so that at
+low load every request can be looked at in the console, and at high load tracing costs what {per_s} requests cost.
 
 **After the fact.** A request that nobody sampled and that failed, or whose first token was late
 (`TANDEM_TRACE_SLOW_S`, or its own target), is traced all the same, `TANDEM_TRACE_LATE_PER_S` at most: the frontend
@@ -215,7 +216,7 @@ Resource attributes: `service.name` (`tandem-frontend`, `tandem-router`, `tandem
 
 
 def tracing_page() -> list[str]:
-    lines = [TRACING_INTRO, "", "## Spans", ""]
+    lines = [TRACING_INTRO.format(per_s=TRACES_PER_S), "", "## Spans", ""]
     lines += table(
         ("span", "made by", "parent", "meaning"), [(code(s.name), s.process, s.parent, s.meaning) for s in spans.SPANS]
     )

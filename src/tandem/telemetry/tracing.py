@@ -1,7 +1,7 @@
 """Spans after the fact: while a request runs, a process keeps plain numbers; at its end it says what they were.
 
-``Tracing`` is one process's end of it. Off (nobody to send to), it is a flag that is false, and nothing of
-OpenTelemetry is imported. On, nothing is imported before the first traced request has ended. ``emit`` never blocks and
+``Tracing`` is one process's end of it. Off (nobody to send to), it is a flag that is false, and no tracing SDK is
+imported. On, none is before the first traced request has ended. ``emit`` never blocks and
 never raises; what an exporter cannot send, it drops.
 
 Times are the process's monotonic clock. They become wall clock when a record is emitted, all of one record by one
