@@ -11,7 +11,6 @@ skipped, and say why.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,7 +55,13 @@ def inside(arguments: list[str]) -> int:
             with own_engine(Path(folder)) as env:
                 env |= compose_plugin(Path(folder))
                 nats_server = Path(sys.executable).parent / "nats-server"
-                run(str(HERE / "standins.sh"), *image_names(), str(nats_server), env={**os.environ, **env}, timeout_s=600)
+                run(
+                    str(HERE / "standins.sh"),
+                    *image_names(),
+                    str(nats_server),
+                    env={**os.environ, **env},
+                    timeout_s=600,
+                )
                 say(f"engine and stand-ins ready after {time.monotonic() - began:.0f} s")
                 return tests(arguments, env)
         except NoEngine as error:
@@ -68,7 +73,19 @@ def collect(lock: str) -> None:
     stamp, locked = _WHEELS / f".{lock}", ROOT / "requirements" / f"{lock}.lock"
     if stamp.exists() and stamp.read_text() == locked.read_text():
         return
-    run(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(_WHEELS), "-r", str(locked), timeout_s=1800)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "-d",
+        str(_WHEELS),
+        "-r",
+        str(locked),
+        timeout_s=1800,
+    )
     stamp.write_text(locked.read_text())
 
 

@@ -76,10 +76,11 @@ class MemoryWorld:
 
 
 class RedisWorld:
-    def __init__(self, max_slots: int, *, server: RedisServer | None = None) -> None:
-        """``server``: one to share. A world that goes away has its own."""
+    def __init__(self, max_slots: int, *, server: Any = None, shared: bool = True) -> None:
+        """``server``: one to share, or, not ``shared``, one of another kind than the embedded. A world that goes away
+        has its own."""
         self._server = server or RedisServer()
-        self._shared = server is not None
+        self._shared = shared and server is not None
         self._max_slots = max_slots
 
     async def open(self) -> RedisWorld:
@@ -117,7 +118,7 @@ class RedisWorld:
 World = MemoryWorld | RedisWorld
 
 
-async def open_world(kind: str, *, max_slots: int = 512, server: RedisServer | None = None) -> World:
+async def open_world(kind: str, *, max_slots: int = 512, server: Any = None, shared: bool = True) -> World:
     if kind == "memory":
         return MemoryWorld(max_slots)
-    return await RedisWorld(max_slots, server=server).open()
+    return await RedisWorld(max_slots, server=server, shared=shared).open()

@@ -20,11 +20,12 @@ from tandem.errors import BusUnavailable, ConfigError, NoWorkers, PayloadTooLarg
 from tandem.v1 import bus_pb2
 
 LONG_S = 20.0
+MAX_PAYLOAD = 100_000
 
 
 class MemoryWorld:
     def __init__(self) -> None:
-        self.hub = MemoryHub(max_payload=100_000)
+        self.hub = MemoryHub(max_payload=MAX_PAYLOAD)
         self.buses: list[Bus] = []
 
     async def connect(self, **options: Any) -> Bus:
@@ -43,8 +44,9 @@ class MemoryWorld:
 
 
 class NatsWorld:
-    def __init__(self) -> None:
-        self.server = NatsServer(max_payload=100_000)
+    def __init__(self, server: Any = None) -> None:
+        """``server``: one that is not embedded but runs elsewhere, such as in a container."""
+        self.server = server or NatsServer(max_payload=MAX_PAYLOAD)
         self.buses: list[Bus] = []
 
     async def connect(self, **options: Any) -> Bus:
