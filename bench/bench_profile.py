@@ -134,8 +134,11 @@ def compare(args: argparse.Namespace, all_seen: Sequence[Seen], jobs: Sequence[J
         ("ITL, median", median(gaps), gap_s),
         ("TPOT, median", median(tpot), median(predicted_tpot)),
     ]
-    print(f"{len(all_seen)} requests at {args.rate:g}/s, prompts of {args.median} tokens in the middle, up to "
-          f"{max(seen.offered.isl_tokens for seen in all_seen)}; this machine's vLLM against the simulator")  # fmt: skip
+    longest = max(seen.offered.isl_tokens for seen in all_seen)
+    print(
+        f"{len(all_seen)} requests at {args.rate:g}/s, prompts of {args.median} tokens in the middle, up to {longest}"
+    )
+    print("this machine's vLLM against the simulator")
     print(f"{'':<24} {'real ms':>10} {'simulated ms':>13} {'ratio':>7}")
     for name, was, found in rows:
         print(f"{name:<24} {1e3 * was:10.1f} {1e3 * found:13.1f} {found / was:7.2f}")

@@ -188,8 +188,8 @@ async def order_outlives_the_leader(site: Site, seconds: float) -> bool:
     kept = all(after[tenant] >= before[tenant] for tenant in before)
     print(
         f"   all complete: {complete}; longest time without a first token {gap:.1f} s; of what was served while "
-        f"top requests waited, background had {early:.1%} (promised {MIN_SHARE:.0%}); service before {_rounded(before)}, "
-        f"after {_rounded(after)}"
+        f"top requests waited, background had {early:.1%} (promised {MIN_SHARE:.0%}); "
+        f"service before {_rounded(before)}, after {_rounded(after)}"
     )
     return complete and kept and early <= 2.0 * MIN_SHARE
 

@@ -25,8 +25,8 @@ from tandem.sim.synthetic import GENERATORS, generate
 from tandem.sim.workload import Offered, Workload
 from tandem.wire import profile_file
 
-#: So that nobody waits for long: enough for quartiles by prompt length to mean something.
-_REQUESTS = 800
+#: So that nobody waits for long.
+_REQUESTS = 3000
 #: What a model is served from where the user names no folder.
 _FOLDERS = {
     "8b": "Llama-3.1-8B-Instruct",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--spread", type=float, default=0.5, metavar="S", help="of these lengths, lognormal; 0 = all alike")
     add("--block-size", type=int, default=512, help="tokens per hash id of a Mooncake trace (default: 512)")
     add("--rate", type=float, metavar="R", help="requests/s to serve (default: the trace's own)")
-    add("--requests", type=int, default=_REQUESTS, metavar="N", help=f"that each run has (default: {_REQUESTS})")
+    add("--requests", type=int, default=_REQUESTS, metavar="N", help=f"that a run has at most (default: {_REQUESTS})")
     add("--slo", default="medium", help=f"{', '.join(SLOS)} (default: medium)")
     add("--ttft", type=float, metavar="S", help="instead: seconds to the first token ...")
     add("--ttft-per-token", type=float, metavar="S", help="... and for each prompt token more")
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     shown = chosen or max(found, key=lambda each: each.rate)
     if shown.rate > 0:
         text.append(f"what breaks first as load grows, on {shown.best}:")
-        text += plan_report.what_breaks(shown.best, task, shown.rate)
+        text += plan_report.what_breaks(shown.best, planning.fitted(task, shown.level), shown.rate)
     print("\n".join(text))
     yaml = _deployment(chosen.best, task, args).to_yaml() if chosen else ""
     if chosen:

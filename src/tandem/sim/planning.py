@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -30,6 +30,9 @@ _POLICY = "tandem"
 #: A challenger counts as better from here on: what a goodput search can tell apart.
 _STEP = 1.05
 _PRECISION = 0.05
+#: Simulated seconds of load that a run has at what its level might serve: a burst of a few seconds fits into queues and
+#: would flatter the fleet. And the fewest requests, so that quartiles by prompt length mean something.
+_HORIZON_S, _LEAST_REQUESTS = 15.0, 400
 #: Levels per GPU type that are tried where there are several types, and where there is one.
 _LEVELS_OF_MANY, _LEVELS_OF_ONE = 4, 16
 _KIND = re.compile(r"(?P<gpu>[a-z0-9]+)-(?P<model>.+?)(?:-tp\d+)?")
@@ -240,6 +243,16 @@ def _with_prefill(composition: Sequence[tuple[Size, int]], prefill: int) -> Cand
     return Candidate(tuple(groups))
 
 
+def fitted(task: Task, level: Level) -> Task:
+    """With as many requests as the level needs to be tried: the first ones."""
+    most = 0.0
+    for gpu, count in level.gpus:
+        size = min((size for size in level.sizes if size.gpu == gpu), key=lambda size: size.gpus)
+        work = _work(size, task)
+        most += count / size.gpus / (work.prefill_s + work.decode_s)
+    return replace(task, workload=task.workload.first(max(_LEAST_REQUESTS, round(most * _HORIZON_S))))
+
+
 def setup_of(candidate: Candidate, task: Task) -> Setup:
     return Setup(task.workload, candidate.groups[0].size.kind, candidate.split, _POLICY, task.slo, task.seed)
 
@@ -270,6 +283,7 @@ class _Search:
 
 def search(level: Level, task: Task) -> Found:
     """The best aggregated fleet of the level, and its best split."""
+    task = fitted(task, level)
     races = _Search(task)
     aggregated: Candidate | None = None
     split: Candidate | None = None
