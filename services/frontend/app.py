@@ -83,7 +83,7 @@ class Frontend:
         self._intake = Intake(wanted, [served_model.load(model) for model in wanted.models])
         openai = OpenAIRoutes(self._intake)
         tokens = TokenizeRoutes(self._intake)
-        embedder = Embedder(self._intake, self.cluster)
+        embedder = Embedder(self._intake, self.cluster, traces)
         app = PostedRoutes(
             web_app(self._intake, self.readiness),
             {

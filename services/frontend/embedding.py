@@ -11,9 +11,11 @@ from services.frontend.intake import Caller, Intake
 from services.frontend.journey import Journey
 from services.frontend.order import Consumer, Order, Outcome
 from services.frontend.served_model import ServedModel
+from services.frontend.tracing import RequestTraces
+from tandem.adapters.clock import monotonic
 from tandem.core.blocks import root_hash, token_bytes
 from tandem.core.types import SamplingParams
-from tandem.errors import ContextLengthExceeded, InternalError, InvalidRequest
+from tandem.errors import Cancelled, ContextLengthExceeded, InternalError, InvalidRequest, TandemError
 
 #: As at OpenAI: inputs of one request, and the tokens of all of them together.
 MAX_INPUTS = 2_048
@@ -30,9 +32,10 @@ class Embeddings:
 
 
 class Embedder:
-    def __init__(self, intake: Intake, cluster: Cluster) -> None:
+    def __init__(self, intake: Intake, cluster: Cluster, traces: RequestTraces | None = None) -> None:
         self._intake = intake
         self._cluster = cluster
+        self._traces = traces
 
     def model(self, name: str) -> ServedModel:
         """InvalidRequest for one that makes text."""
@@ -93,6 +96,10 @@ class Embedder:
         root = root_hash(model.name, "", salt)
         loop = asyncio.get_running_loop()
         inputs = [_Input(loop.create_future()) for _ in prompts]
+        trace = self._traces.begin(caller.traceparent) if self._traces is not None else None
+        begun_s = monotonic()
+        error: TandemError | None = None
+        cached = 0
         try:
             for index, (prompt, consumer) in enumerate(zip(prompts, inputs, strict=True)):
                 order = Order(
@@ -108,17 +115,25 @@ class Embedder:
                     cache_salt=salt,
                     block_size=model.block_size,
                     hash_root=root,
-                    traceparent=caller.traceparent,
+                    traceparent=trace.context.header if trace is not None else caller.traceparent,
                     restartable=True,
                     embed=True,
                 )
                 consumer.journey = self._cluster.begin(order, consumer)
             done = await asyncio.gather(*(consumer.answer for consumer in inputs))
+            cached = sum(outcome.cached_tokens for outcome in done)
+        except TandemError as failure:
+            error = failure
+            raise
+        except asyncio.CancelledError:
+            error = Cancelled("cancelled by the client")
+            raise
         finally:
-            for consumer in inputs:
-                if consumer.journey is not None:
-                    self._cluster.cancel(consumer.journey)
-        cached = sum(outcome.cached_tokens for outcome in done)
+            journeys = [consumer.journey for consumer in inputs if consumer.journey is not None]
+            for journey in journeys:
+                self._cluster.cancel(journey)
+            if trace is not None and self._traces is not None and journeys:
+                self._traces.embedded(trace, journeys, error, tokenised_s=(arrival_s, begun_s), cached_tokens=cached)
         return Embeddings([outcome.embedding for outcome in done], sum(map(len, prompts)), cached)
 
 

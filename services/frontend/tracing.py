@@ -6,9 +6,10 @@ request costs while it runs is two random numbers and the text of ``traceparent`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from services.frontend.generation import Generation, GenerationRequest
+from services.frontend.generation import Generation, GenerationRequest, Progress
 from services.frontend.journey import Journey
 from tandem.core.types import Leg
 from tandem.errors import Cancelled, TandemError
@@ -16,7 +17,27 @@ from tandem.telemetry import spans
 from tandem.telemetry.tracing import Moment, SpanRecord, Trace, Tracing, Value
 
 PROVIDER = "tandem"
+EMBEDDINGS = "embeddings"
 FAILED, SLOW = "failed", "slow"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ending:
+    """What there is to say of a request that is over."""
+
+    id: str
+    name: str
+    arrival_s: float
+    #: From the whole body to the prompt's tokens.
+    tokenised_s: tuple[float, float]
+    input_tokens: int
+    #: 0 = there was none.
+    first_token_s: float
+    #: When a first token is late; 0 = as the sampling policy says.
+    late_after_s: float
+    journeys: Sequence[Journey]
+    error: TandemError | None
+    attributes: dict[str, Value]
 
 
 class RequestTraces:
@@ -35,52 +56,82 @@ class RequestTraces:
         trace = generation.trace
         if trace is None:
             return
-        sampled = trace.context.sampled
+        request = generation.request
+        progress = generation.progress()
+        ending = _Ending(
+            id=request.id,
+            name=f"{request.operation} {request.model.name}",
+            arrival_s=request.arrival_s,
+            tokenised_s=(generation.received_s or request.arrival_s, request.tokenised_s or request.arrival_s),
+            input_tokens=sum(map(len, request.prompts)),
+            first_token_s=progress.first_token_s,
+            late_after_s=request.ttft_slo_s or self._ttft_slo_s.get(request.request_class, 0.0),
+            journeys=generation.journeys,
+            error=generation.error,
+            attributes=_asked(request) | _answered(generation, progress),
+        )
+        self._tell(trace, ending)
+
+    def embedded(
+        self,
+        trace: Trace,
+        journeys: Sequence[Journey],
+        error: TandemError | None,
+        *,
+        tokenised_s: tuple[float, float],
+        cached_tokens: int,
+    ) -> None:
+        """The same for embeddings."""
+        order = journeys[0].order
+        attributes = _of(order.id, EMBEDDINGS, order.model, order.tenant, order.request_class)
+        attributes |= {spans.OUTPUT_TOKENS: 0, spans.CACHED_TOKENS: cached_tokens}
+        ending = _Ending(
+            id=order.id,
+            name=f"{EMBEDDINGS} {order.model}",
+            arrival_s=order.arrival_s,
+            tokenised_s=tokenised_s,
+            input_tokens=sum(journey.order.isl_tokens for journey in journeys),
+            first_token_s=0.0,
+            late_after_s=0.0,
+            journeys=journeys,
+            error=error,
+            attributes=attributes,
+        )
+        self._tell(trace, ending)
+
+    def _tell(self, trace: Trace, ending: _Ending) -> None:
+        now, sampled = self._now(), trace.context.sampled
         if not sampled:
-            why = self._worth_a_trace(generation)
-            if not why or not self._tracing.sampler.samples_late(self._now()):
+            trace.why = self._worth_a_trace(ending)
+            if not trace.why or not self._tracing.sampler.samples_late(now):
                 return
-            trace.why = why
-        records = [_root(generation, trace, self._now()), _tokenize(generation, trace)]
+        records = [_root(ending, trace, now), _tokenize(ending, trace)]
         if not sampled:
-            for journey in generation.journeys:
-                records += _reconstructed(journey, trace, self._now())
+            for journey in ending.journeys:
+                records += _reconstructed(journey, trace, now)
         self._tracing.emit(trace.context.trace_id, records)
 
-    def _worth_a_trace(self, generation: Generation) -> str:
-        if generation.error is not None:
-            return "" if isinstance(generation.error, Cancelled) else FAILED
-        request = generation.request
-        limit = request.ttft_slo_s or self._ttft_slo_s.get(request.request_class, 0.0)
-        limit = limit or self._tracing.sampler.policy.slow_ttft_s
-        first = generation.progress().first_token_s
-        return SLOW if first and first - request.arrival_s > limit else ""
+    def _worth_a_trace(self, ending: _Ending) -> str:
+        if ending.error is not None:
+            return "" if isinstance(ending.error, Cancelled) else FAILED
+        limit = ending.late_after_s or self._tracing.sampler.policy.slow_ttft_s
+        first = ending.first_token_s
+        return SLOW if first and first - ending.arrival_s > limit else ""
 
 
-def _root(generation: Generation, trace: Trace, now: float) -> SpanRecord:
-    request, error = generation.request, generation.error
-    attributes = _asked(request)
-    progress = generation.progress()
+def _root(ending: _Ending, trace: Trace, now: float) -> SpanRecord:
+    error, attributes = ending.error, ending.attributes
     attributes[spans.WHY] = trace.why
-    attributes[spans.OUTPUT_TOKENS] = progress.output_tokens
-    attributes[spans.CACHED_TOKENS] = generation.usage.cached_tokens
-    attributes[spans.ATTEMPTS] = max((journey.attempt + 1 for journey in generation.journeys), default=0)
-    if generation.finish_reasons:
-        attributes[spans.FINISH_REASONS] = generation.finish_reasons
-    if progress.first_token_s:
-        attributes[spans.TIME_TO_FIRST] = progress.first_token_s - request.arrival_s
-        if generation.num_choices == 1 and progress.output_tokens > 1:
-            decoding_s = progress.last_news_s - progress.first_token_s
-            attributes[spans.TPOT] = 1e3 * decoding_s / (progress.output_tokens - 1)
+    attributes[spans.INPUT_TOKENS] = ending.input_tokens
+    attributes[spans.ATTEMPTS] = max((journey.attempt + 1 for journey in ending.journeys), default=0)
     if error is not None:
         attributes[spans.ERROR_TYPE] = error.code
-    moments = sorted(_moments(generation, now), key=lambda moment: moment.at_s)
     return SpanRecord(
-        f"{request.operation} {request.model.name}",
-        request.arrival_s,
+        ending.name,
+        ending.arrival_s,
         now,
         attributes,
-        moments,
+        sorted(_moments(ending, now), key=lambda moment: moment.at_s),
         error=(error.code, said(error)) if error is not None and not isinstance(error, Cancelled) else None,
         span_id=trace.context.span_id,
         parent_id=trace.parent_id,
@@ -88,22 +139,27 @@ def _root(generation: Generation, trace: Trace, now: float) -> SpanRecord:
     )
 
 
+def _of(id: str, operation: str, model: str, tenant: str, request_class: str) -> dict[str, Value]:
+    return {
+        spans.REQUEST_ID: id,
+        spans.RESPONSE_ID: id,
+        spans.OPERATION: operation,
+        spans.PROVIDER: PROVIDER,
+        spans.REQUEST_MODEL: model,
+        spans.RESPONSE_MODEL: model,
+        spans.TENANT: tenant,
+        spans.REQUEST_CLASS: request_class,
+    }
+
+
 def _asked(request: GenerationRequest) -> dict[str, Value]:
     sampling = request.sampling
-    attributes: dict[str, Value] = {
-        spans.REQUEST_ID: request.id,
-        spans.RESPONSE_ID: request.id,
-        spans.OPERATION: request.operation,
-        spans.PROVIDER: PROVIDER,
-        spans.REQUEST_MODEL: request.model.name,
-        spans.RESPONSE_MODEL: request.model.name,
+    attributes = _of(request.id, request.operation, request.model.name, request.tenant, request.request_class)
+    attributes |= {
         spans.MAX_TOKENS: sampling.max_tokens,
         spans.TEMPERATURE: sampling.temperature,
         spans.TOP_P: sampling.top_p,
         spans.STREAM: request.streaming,
-        spans.TENANT: request.tenant,
-        spans.REQUEST_CLASS: request.request_class,
-        spans.INPUT_TOKENS: sum(map(len, request.prompts)),
     }
     if sampling.top_k:
         attributes[spans.TOP_K] = float(sampling.top_k)
@@ -118,13 +174,28 @@ def _asked(request: GenerationRequest) -> dict[str, Value]:
     return attributes
 
 
+def _answered(generation: Generation, progress: Progress) -> dict[str, Value]:
+    attributes: dict[str, Value] = {
+        spans.OUTPUT_TOKENS: progress.output_tokens,
+        spans.CACHED_TOKENS: generation.usage.cached_tokens,
+    }
+    if generation.finish_reasons:
+        attributes[spans.FINISH_REASONS] = generation.finish_reasons
+    first = progress.first_token_s
+    if first:
+        attributes[spans.TIME_TO_FIRST] = first - generation.request.arrival_s
+        if generation.num_choices == 1 and progress.output_tokens > 1:
+            attributes[spans.TPOT] = 1e3 * (progress.last_news_s - first) / (progress.output_tokens - 1)
+    return attributes
+
+
 def said(error: TandemError) -> str:
     """Its words, where they are ours: those about a client's mistake may quote the client."""
     return error.message if error.retryable else error.meaning
 
 
-def _moments(generation: Generation, now: float) -> Iterator[Moment]:
-    for journey in generation.journeys:
+def _moments(ending: _Ending, now: float) -> Iterator[Moment]:
+    for journey in ending.journeys:
         choice = journey.order.choice
         if journey.placed_s:
             holder = journey.holder.id if journey.holder is not None else ""
@@ -144,17 +215,15 @@ def _moments(generation: Generation, now: float) -> Iterator[Moment]:
                 {name: value for name, value in more.items() if value and name in incident.kind.attributes}
             )
             yield Moment(incident.kind.name, incident.at_s, attributes)
-    if isinstance(generation.error, Cancelled):
-        yield Moment(spans.CANCELLED.name, now, {spans.REASON: generation.error.message})
+    if isinstance(ending.error, Cancelled):
+        yield Moment(spans.CANCELLED.name, now, {spans.REASON: ending.error.message})
 
 
-def _tokenize(generation: Generation, trace: Trace) -> SpanRecord:
-    request = generation.request
+def _tokenize(ending: _Ending, trace: Trace) -> SpanRecord:
     return SpanRecord(
         spans.TOKENIZE.name,
-        generation.received_s or request.arrival_s,
-        request.tokenised_s or request.arrival_s,
-        {spans.REQUEST_ID: request.id, spans.INPUT_TOKENS: sum(map(len, request.prompts))},
+        *ending.tokenised_s,
+        {spans.REQUEST_ID: ending.id, spans.INPUT_TOKENS: ending.input_tokens},
         parent_id=trace.context.span_id,
         remote_parent=False,
     )

@@ -114,7 +114,7 @@ def _explained(effect: Place, cached: Mapping[str, int]) -> dict[str, Value]:
     found: dict[str, Value] = {
         spans.LEG: plan.leg.value,
         spans.DECODE_WORKER: plan.decode_worker,
-        spans.SUMMARY: effect.explanation.summary,
+        spans.SUMMARY: effect.decision.summary(effect.candidate),
         spans.CHOICE_REASON: reason_of(effect).value,
         spans.PREDICTED_TTFT: chosen["ttft_ms"],
         spans.PREDICTED_PREFILL: chosen["prefill_ms"],

@@ -19,17 +19,23 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from tandem.core.accounting import Reading, WorkerView
 from tandem.core.policy import Policy
 from tandem.core.slo import Targets
+from tandem.core.standing import Standing, next_step_s
 from tandem.core.types import CandidateScore, Explanation, Plan, Request, RequestKey
 
 _STEEP = 200.0
 _KV_STEEP = 50.0
 #: Share of time that prefill may take from decodes in the ITL formula.
 _MAX_DISTURBANCE = 0.95
+#: Fleets of more than so many times the workers that are scored exactly are looked at from the front.
+_LARGE = 2
+#: Of the holders of a prompt, so many times that number are looked at: those that hold most.
+_HOLDERS = 4
 _MIN_TAU_S, _MAX_TAU_S, _TAU_SHARE = 0.3, 6.0, 0.6
 
 
@@ -45,6 +51,11 @@ def blocks_for(tokens: int, block_size: int) -> int:
 def suffix_context(isl: int, cached: int) -> float:
     """Sum over the uncached prompt tokens of the context before each."""
     return (isl - cached) * (isl + cached - 1) / 2.0
+
+
+class Standings(NamedTuple):
+    decoders: Standing
+    prefillers: Standing
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,7 @@ class Decision:
     candidates: tuple[Candidate, ...]
     excluded: tuple[tuple[str, str], ...] = ()  # (worker id, reason)
     guarded: bool = False  # the guard of background work took candidates out
+    partial: bool = False  # of a large fleet not everyone was looked at
 
     @property
     def best(self) -> Candidate | None:
@@ -114,8 +126,11 @@ class Decision:
     def explanation(self, chosen: Candidate | None, note: str = "") -> Explanation:
         scores = [CandidateScore(c.plan, c.score, dict(zip(TERMS, c.row, strict=True))) for c in self.candidates]
         scores += [CandidateScore(Plan(worker), math.inf, {}, reason) for worker, reason in self.excluded]
-        summary = _summary(chosen, len(self.candidates)) + note
-        return Explanation(chosen.plan if chosen else None, tuple(scores), summary)
+        return Explanation(chosen.plan if chosen else None, tuple(scores), self.summary(chosen) + note)
+
+    def summary(self, chosen: Candidate | None) -> str:
+        """In words."""
+        return _summary(chosen, len(self.candidates))
 
 
 def _summary(chosen: Candidate | None, count: int) -> str:
@@ -216,19 +231,33 @@ def decide(
     now: float,
     rng: random.Random | None = None,
     set_aside: tuple[tuple[str, str], ...] = (),
+    standings: Standings | None = None,
 ) -> Decision:
     """Scores every plan for ``inquiry`` over usable workers, each list in the order of ids.
 
     ``rng`` breaks ties between equally good first candidates (idle twins); without it the first id wins.
-    ``set_aside``: workers that are not usable and why, for the explanation.
+    ``set_aside``: workers that are not usable and why, for the explanation. With ``standings`` of the same workers a
+    large fleet is not gone through: who comes into question is found from them, and is the same in all but ties.
     """
-    request = inquiry.request
+    request, count = inquiry.request, policy.exact_candidates
     excluded = list(set_aside)
     share = min(policy.kv_share, inquiry.guard_share)
-    able_d = _able(decoders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, excluded)
+    partial = False
     able_p: list[WorkerView] = []
+    if standings is not None and len(decoders) > _LARGE * count:
+        able_d, partial = _first_able(
+            standings.decoders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, count, excluded
+        )
+    else:
+        able_d = _able(decoders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, excluded)
     if able_d and prefillers and policy.remote_prefill and may_be_remote(request):
-        able_p = _able(prefillers, inquiry, request.isl_tokens, share, {}, excluded)
+        if standings is not None and len(prefillers) > _LARGE * count:
+            able_p, more = _first_able(
+                standings.prefillers, inquiry, request.isl_tokens, share, {}, 2 * count, excluded
+            )
+            partial = partial or more
+        else:
+            able_p = _able(prefillers, inquiry, request.isl_tokens, share, {}, excluded)
     if len(able_d) > policy.exact_candidates:
         able_d = _promising_decoders(able_d, inquiry, policy.exact_candidates)
     if len(able_p) > policy.exact_candidates:
@@ -244,7 +273,7 @@ def decide(
     candidates.sort(key=_score_of)
     if rng is not None:
         _break_tie(candidates, rng)
-    return Decision(tuple(candidates), tuple(excluded), found > len(candidates))
+    return Decision(tuple(candidates), tuple(excluded), found > len(candidates), partial)
 
 
 def _total_s(source: _Source) -> float:
@@ -299,17 +328,42 @@ def _able(
     return able
 
 
+def _first_able(
+    standing: Standing,
+    inquiry: Inquiry,
+    tokens: int,
+    share: float,
+    reserved: Mapping[str, RequestKey],
+    count: int,
+    excluded: list[tuple[str, str]],
+) -> tuple[list[WorkerView], bool]:
+    """In the order of ids: those who hold a part of the prompt, and of the others the first ``count`` by standing, all
+    of them able; and whether the rest was left out."""
+    cached = inquiry.cached
+    most = (
+        cached if len(cached) <= _HOLDERS * count else heapq.nlargest(_HOLDERS * count, cached, key=cached.__getitem__)
+    )
+    holding = [view for worker in most if (view := standing.find(worker)) is not None]
+    found = _able(holding, inquiry, tokens, share, reserved, excluded)
+    wanted = len(found) + count
+    others = (view for view in standing.ranked() if view.id not in cached)
+    while len(found) < wanted and (some := list(islice(others, count))):
+        found += _able(some, inquiry, tokens, share, reserved, excluded)
+    found.sort(key=_id_of)
+    return found, len(found) >= wanted
+
+
+def _id_of(view: WorkerView) -> str:
+    return view.id
+
+
 def _promising_decoders(views: list[WorkerView], inquiry: Inquiry, count: int) -> list[WorkerView]:
     """The cheap filter of a large fleet: those that hold most of the prompt, and those with the fastest next step."""
     cached = inquiry.cached
     holding = heapq.nsmallest(count // 2, (v for v in views if v.id in cached), key=lambda v: -cached[v.id])
     taken = {view.id for view in holding}
 
-    def next_step(view: WorkerView) -> float:
-        perf = view.perf
-        return perf.d0 + perf.d1 * (view.own_sequences + 1) + perf.d2 * view.own_kv_tokens + perf.p1 * view.own_tokens
-
-    rest = heapq.nsmallest(count - len(holding), (v for v in views if v.id not in taken), key=next_step)
+    rest = heapq.nsmallest(count - len(holding), (v for v in views if v.id not in taken), key=next_step_s)
     return sorted(holding + rest, key=lambda view: view.id)
 
 

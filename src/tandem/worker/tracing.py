@@ -110,7 +110,7 @@ class WorkerTraces:
         isl = running.submit.isl_tokens
         span.attributes.update({spans.LEG: leg.value, spans.INPUT_TOKENS: isl})
         span.attributes[spans.PREDICTED_CACHED] = running.predicted_cached_tokens
-        if running.handed_over or running.token_times:
+        if running.handed_over or running.token_times or running.submit.embed:
             span.attributes[spans.CACHED_TOKENS] = running.cached_tokens
             span.attributes[spans.COMPUTED_TOKENS] = isl - running.cached_tokens
         return span

@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.frontend.journey import State
+from services.frontend.journey import MAX_INCIDENTS, State
 from services.frontend.order import Patience
 from tandem.core.types import FinishReason, SamplingParams
 from tandem.errors import Cancelled, NoLeader, QueueTimeout, RequestTimeout, TandemError
+from tandem.telemetry import spans
 from tests.unit.frontend.unreliable_cluster import END_TOKEN, Recorder, UnreliableCluster, reference
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -158,3 +159,19 @@ def test_cancelled_is_what_the_consumer_hears() -> None:
         journey.cancel()
     run(cluster, recorder, at_most_s=1.0)
     assert recorder.outcome is not None and isinstance(recorder.outcome.error, Cancelled)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32), trouble=st.sampled_from([0.0, 0.1, 0.3]))
+def test_every_further_attempt_is_noted_with_what_befell_the_one_before(seed: int, trouble: float) -> None:
+    cluster = UnreliableCluster(seed, trouble=trouble, patience=GENEROUS)
+    recorder = cluster.begin(PROMPT, plain(20))
+    (journey,) = cluster.table
+    run(cluster, recorder)
+    noted = [i.kind for i in journey.incidents if i.kind is not spans.GAP]
+    again = [kind for kind in noted if kind in (spans.RETRY, spans.MIGRATION)]
+    if len(journey.incidents) < MAX_INCIDENTS:
+        assert len(again) == journey.attempt
+        assert noted.count(spans.FAILURE) >= len(again)
+    times = [incident.at_s for incident in journey.incidents]
+    assert times == sorted(times) and journey.outcome is recorder.outcome

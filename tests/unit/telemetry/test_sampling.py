@@ -7,6 +7,7 @@ import pytest
 from tandem.telemetry.propagation import TraceContext, parse, sampled, trace_of
 from tandem.telemetry.sampling import Budget, Sampler, SamplingPolicy
 from tandem.telemetry.tracing import OFF, SpanRecord, Tracing
+from tests.harness.kept_spans import KeptSpans
 
 HEADER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -81,20 +82,8 @@ def test_at_low_load_everything_is_sampled() -> None:
     assert sum(sampler.samples(number, None, 50.0 + number / 1000) for number in range(2000)) <= 31
 
 
-class Kept:
-    def __init__(self) -> None:
-        self.records: list[tuple[int, SpanRecord]] = []
-
-    def take(self, trace_id: int, records: list[SpanRecord]) -> None:
-        self.records += [(trace_id, record) for record in records]
-
-    def adopt(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
 def test_a_trace_begins_or_goes_on() -> None:
-    tracing = Tracing(Kept(), Sampler(SamplingPolicy(ratio=1.0)))
+    tracing = Tracing(KeptSpans(), Sampler(SamplingPolicy(ratio=1.0)))
     new = tracing.begin("", 0.0)
     assert new.context.sampled and new.context.trace_id and new.context.span_id and new.parent_id == 0
     old = tracing.begin(HEADER, 0.0)
@@ -106,7 +95,7 @@ def test_a_trace_begins_or_goes_on() -> None:
 
 
 def test_every_span_has_an_id() -> None:
-    kept = Kept()
+    kept = KeptSpans()
     Tracing(kept).emit(5, [SpanRecord("a", 0.0, 1.0, {}), SpanRecord("b", 0.0, 1.0, {}, span_id=9)])
     assert [(trace, record.span_id != 0) for trace, record in kept.records] == [(5, True), (5, True)]
     assert kept.records[1][1].span_id == 9
