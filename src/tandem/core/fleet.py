@@ -13,9 +13,10 @@ from collections.abc import Mapping
 
 from tandem.core.accounting import WorkerView
 from tandem.core.perf_model import PerfModel
-from tandem.core.placement import suffix_context, unfit
+from tandem.core.placement import Standings, suffix_context, unfit
 from tandem.core.policy import Policy
 from tandem.core.profiles import Profile, profile_named
+from tandem.core.standing import Standing, backlog_s, next_step_s
 from tandem.core.types import Request, RequestKey, Role, WorkerLoad, WorkerSpec
 
 #: Prompt length at which workers are compared for speed, tokens.
@@ -35,6 +36,7 @@ class Fleet:
         self.generation = 0  # rises when the set of usable workers, or a role, changes
         self.reserved: dict[str, RequestKey] = {}  # decode worker -> who waits for room on it
         self.openings = 0  # times that a worker got credit
+        self.standings = Standings(Standing(next_step_s), Standing(backlog_s))
         self._open: set[str] = set()  # has credit, by the last look
         self._dirty: set[str] = set()  # has changed since
         self._credit_times: list[tuple[float, str]] = []
@@ -85,7 +87,7 @@ class Fleet:
         if self._policy.learn and load.steps:
             every = -(-len(load.steps) // max(1, self._policy.learn_steps_per_report))
             view.learn(load.steps[::every])
-        self._dirty.add(view.id)
+        self.touch(view)
         self._reports += 1
         if (view.draining, view.role) != before:
             self._changed()
@@ -103,6 +105,8 @@ class Fleet:
         held = {view.id for view in self.decoders}
         self.reserved = {worker: key for worker, key in self.reserved.items() if worker in held}
         self._dirty.update(self.views)
+        self.standings.decoders.reset(self.decoders)
+        self.standings.prefillers.reset(self.prefillers)
         self._rank()
 
     def _rank(self) -> None:
@@ -129,6 +133,8 @@ class Fleet:
     def touch(self, view: WorkerView) -> None:
         """Its accounting has changed."""
         self._dirty.add(view.id)
+        for standing in self.standings:
+            standing.touch(view.id)
 
     def anyone_open(self, now: float) -> bool:
         """Whether any usable worker has credit."""

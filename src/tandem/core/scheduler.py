@@ -141,6 +141,7 @@ class Scheduler:
         """The worker's report shows that it is done with this request: an event got lost."""
         job = self._ledger.find(key)
         if job is None or job.plan is None:
+            self._fleet.touch(view)
             view.release(key, now)
         elif job.plan.prefill_worker == view.id:
             self.prefill_done(key, now)
@@ -323,7 +324,7 @@ class Scheduler:
         if candidate is not None:
             self._dispatch(entry, inquiry, decision, candidate, now, effects)
             return True
-        self._room_wanted |= len(decision.excluded) > len(self._fleet.set_aside)
+        self._room_wanted |= decision.partial or len(decision.excluded) > len(self._fleet.set_aside)
         if decision.best is None:
             self._blocked(entry, inquiry, decision, now)
         else:
@@ -358,7 +359,9 @@ class Scheduler:
 
     def _decide(self, inquiry: Inquiry, now: float, rng: random.Random | None) -> Decision:
         fleet = self._fleet
-        return decide(inquiry, fleet.decoders, fleet.prefillers, self.policy, now, rng, fleet.set_aside)
+        return decide(
+            inquiry, fleet.decoders, fleet.prefillers, self.policy, now, rng, fleet.set_aside, fleet.standings
+        )
 
     def _inquiry(self, entry: Entry, now: float) -> Inquiry:
         request, request_class = entry.request, entry.request_class
