@@ -47,7 +47,7 @@ def test_the_same_choice_as_from_a_look_at_all(seed: int) -> None:
     every = decide(asked, decoders, prefillers, POLICY, 0.0)
     front = decide(asked, decoders, prefillers, POLICY, 0.0, standings=standings(decoders, prefillers))
     assert [(c.score, c.plan) for c in front.candidates] == [(c.score, c.plan) for c in every.candidates]
-    assert front.partial or front.excluded == every.excluded
+    assert front.partial or sorted(front.excluded) == sorted(every.excluded)
 
 
 @settings(deadline=None, max_examples=40)
