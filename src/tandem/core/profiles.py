@@ -94,10 +94,10 @@ _ALL = (
         relative_error=0.5,
     ),
     Profile(
-        "cpu-smollm2", 5.8e-2, 7.1e-4, 6.3e-7, 2e-7, 2.2e-2, 1.3e-3, 2e-7,
-        source="vLLM 0.32 CPU, SmolLM2-135M bf16, one core: prompts of 128, 1,024 and 4,096 tokens and batches 1 and 8 "
-        "on one machine; as many points as terms, so the error of the fit is unknown; d2 and p3 are estimates",
-        relative_error=0.3,
+        "cpu-smollm2", 3.12e-2, 1.277e-3, 1.033e-6, 1.429e-6, 3.34e-2, 7.12e-4, 1.96e-6,
+        source="`tandem profile` on vLLM 0.32 CPU, SmolLM2-135M bf16, one core of one machine: 634 steps of 62 shapes, "
+        "batches up to 16, contexts up to 1,800 tokens",
+        relative_error=0.067,
     ),
     Profile(
         "sim-h100-llama-70b-tp4", 1.131e-2, 5.721e-5, 8.278e-10, 2.658e-8, 1.517e-2, 3.268e-5, 2.658e-8,
