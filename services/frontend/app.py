@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import uvicorn
 
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
-#: From the first refusal of new requests to the closing of connections.
+#: From the first refusal of new requests to the closing of HTTP connections, and from the last answer to the end.
 LAME_DUCK_S = 0.25
 #: After the drain's time: for clients to read why their answers end.
 LAST_WORDS_S = 2
@@ -118,8 +120,8 @@ class Frontend:
             wanted.grpc.port if settings.grpc_port < 0 else settings.grpc_port,
             max_request_bytes=wanted.limits.max_body_bytes,
         )
-        service = InferenceService(self._intake, self.generations, embedder, self._metrics.told)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, self._grpc.server)
+        self._service = InferenceService(self._intake, self.generations, embedder, self._metrics.told)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._service, self._grpc.server)
         self._socket: socket.socket | None = None
 
     @property
@@ -156,7 +158,7 @@ class Frontend:
         """Returns when connections are accepted. ConfigError if a port is taken."""
         host = self._settings.http_host or self._deployment.http.host
         port = self._deployment.http.port if self._settings.http_port < 0 else self._settings.http_port
-        self._socket = _listen(host, port)
+        self._socket = _listen(host, port, shared=self._settings.http_shared)
         await self.cluster.open()
         await self._grpc.start(inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name)
         log.info("%s: http://%s:%d, gRPC on port %d", self.instance, host, self.http_port, self.grpc_port)
@@ -185,13 +187,25 @@ class Frontend:
         self.leave(self._settings.drain_timeout_s)
         self._draining = True
         log.info("leaving: %d requests open", len(self.generations))
-        # Who asks now hears why, and may go elsewhere; then connections are closed to new requests, which gRPC tells
-        # its clients as well. Calls that it has taken in and not begun by then it would end without a word.
+        # Who asks from now on hears why, and may go elsewhere. gRPC calls hear it up to the end: its own way to stop
+        # ends those that it has not begun as CANCELLED, which clients do not send again.
         self.generations.refuse(Leaving("this server is leaving"))
+        await self._grpc.set_serving(False)
         await asyncio.sleep(LAME_DUCK_S)
         self._http.should_exit = True
-        await self._grpc.stop(self._settings.drain_timeout_s + LAST_WORDS_S)
+        while self._service.open and not self._too_late():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(LAME_DUCK_S)  # for the last words to be written
         self._stopped.set()
+
+    def _too_late(self) -> bool:
+        """For a client that does not read even why its answer ends."""
+        assert self._last_call is not None
+        return asyncio.get_running_loop().time() > self._last_call.when() + LAST_WORDS_S
+
+    async def hang_up(self) -> None:
+        """On gRPC calls; for a process that goes on."""
+        await self._grpc.stop(0.0)
 
     async def close(self) -> None:
         if self._last_call is not None:
@@ -201,11 +215,13 @@ class Frontend:
         await self.tracing.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, proto)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:  # the kernel gives each new connection to one of those who listen
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listening.bind(address)
     except OSError as error:
         raise ConfigError(
@@ -234,3 +250,11 @@ async def run(settings: FrontendSettings) -> None:
             tasks.create_task(frontend.run(), name="serve")
             await frontend.leaving.wait()
             await frontend.stop()
+    _vanish()
+
+
+def _vanish() -> NoReturn:
+    """Ends the process, and with it its connections. The interpreter's end would have gRPC stop in its own way, and
+    answer calls that come just then with CANCELLED; a connection that closes is UNAVAILABLE."""
+    logging.shutdown()
+    os._exit(0)

@@ -39,6 +39,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._generations = generations
         self._embedder = embedder
         self._told = told
+        #: Calls whose answer is under way.
+        self.open = 0
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -47,6 +49,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             wanted = await self._generate_request(request, context)
             generation = self._generations.begin(wanted)
+            self.open += 1
             async for deltas in _batches(generation):
                 response = inference_pb2.GenerateResponse(
                     id=wanted.id,
@@ -59,6 +62,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await self._refuse(context, error)
         finally:
             if generation is not None:
+                self.open -= 1
                 generation.cancel()
 
     async def Chat(
@@ -68,6 +72,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         try:
             wanted = await self._chat_request(request, context)
             generation = self._generations.begin(wanted)
+            self.open += 1
             async for deltas in _batches(generation):
                 response = inference_pb2.ChatResponse(
                     id=wanted.id,
@@ -81,6 +86,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             await self._refuse(context, error)
         finally:
             if generation is not None:
+                self.open -= 1
                 generation.cancel()
 
     async def Embed(

@@ -111,6 +111,7 @@ def start_site(nats_server: EmbeddedServer, byte_level_folder: Path, cluster: st
             finally:
                 await site.client.close()
                 await frontend.stop()
+                await frontend.hang_up()
                 await serving
 
     return start
