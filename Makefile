@@ -17,10 +17,12 @@ PY := .venv/bin/python
 SETUP = $(firstword $(wildcard $(PY)) $(PYTHON)) scripts/setup.py
 # The quick ones first; one session, so that all tests with a real engine share one import of it.
 SUITES := $(wildcard $(addprefix tests/,unit contract integration chaos e2e))
+# Processes are harmed on the simulated engine, unless ENGINE is given.
+HARMED := $(if $(filter file,$(origin ENGINE)),sim,$(ENGINE))
 ENGINE_FLAG := $(if $(filter sim,$(ENGINE)),--engine sim)
 
 .DEFAULT_GOAL := help
-.PHONY: fuzz help setup setup-dev up test check unit contract integration chaos e2e proto docs lock format clean
+.PHONY: faults rolling cancel soak fuzz help setup setup-dev up test check unit contract integration chaos e2e proto docs lock format clean
 
 help:  ## this list
 	@grep -hE '^[a-z -]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-38s %s\n", $$1, $$2}'
@@ -41,13 +43,28 @@ test: setup-dev  ## checks, then all tests, the quick ones first
 check: setup-dev  ## ruff, mypy, import-linter, buf, generated code and pages up to date
 	@$(PY) scripts/check.py
 
-unit contract integration chaos e2e: setup-dev  ## one test suite
+unit contract integration e2e: setup-dev  ## one test suite
 	@$(PY) -m pytest tests/$@
 
 fuzz: setup-dev  ## hostile inputs to the frontend, COUNT of them; then COUNT guided by coverage, twice
 	@$(PY) -m tests.fuzz.hostile --count $(COUNT) --seed $(SEED)
 	@$(PY) -m tests.fuzz.guided --target parsers --runs $(COUNT) --seed $(SEED)
 	@$(PY) -m tests.fuzz.guided --target bodies --runs $(COUNT) --seed $(SEED)
+
+faults: setup-dev  ## every fault of every process under load; ENGINE=sim|vllm, ONLY="decode worker"
+	@$(PY) -m tests.faults.matrix --engine $(HARMED) --only "$(ONLY)" $(ARGS)
+
+chaos: setup-dev  ## any mix of faults; SEED=, MINUTES=, ENGINE=sim|vllm
+	@$(PY) -m tests.faults.chaos --engine $(HARMED) --seed $(SEED) --minutes $(or $(MINUTES),10) $(ARGS)
+
+rolling: setup-dev  ## every process restarted in turn, under load; ENGINE=sim|vllm
+	@$(PY) -m tests.faults.rolling --engine $(HARMED) $(ARGS)
+
+cancel: setup-dev  ## what cancelled requests leave behind, and what they cost the next; ENGINE=sim|vllm
+	@$(PY) -m tests.faults.cancel --engine $(HARMED) $(ARGS)
+
+soak: setup-dev  ## an hour of steady load: does anything grow? MINUTES=
+	@$(PY) -m tests.faults.soak --minutes $(or $(MINUTES),60) $(ARGS)
 
 proto: setup-dev  ## generate src/tandem/v1 from proto/
 	@$(PY) scripts/proto.py

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,10 +68,17 @@ class Tally:
         )
 
 
+def plan(names: Sequence[str], rng: random.Random) -> list[tuple[str, signal.Signals, float]]:
+    """(process, signal, seconds until the next one)"""
+    chosen = rng.sample(names, k=rng.choice((1, 1, 2, 3)))
+    return [
+        (name, rng.choice(FAULTS[:2] if name in SERVERS else FAULTS), rng.choice((0.0, 0.0, 0.3, 1.0)))
+        for name in chosen
+    ]
+
+
 async def _harm(site: Site, rng: random.Random, tally: Tally) -> None:
-    names = [process["name"] for process in site.state()["processes"]]
-    for name in rng.sample(names, k=rng.choice((1, 1, 2, 3))):
-        fault = rng.choice(FAULTS[:2] if name in SERVERS else FAULTS)
+    for name, fault, pause_s in plan([process["name"] for process in site.state()["processes"]], rng):
         tally.done.append(f"{fault.name} {name}")
         tally.faults += 1
         with suppress(ProcessLookupError):  # just restarting
@@ -78,7 +86,7 @@ async def _harm(site: Site, rng: random.Random, tally: Tally) -> None:
                 site.signal_whole(name, fault)
             else:
                 site.signal(name, fault)
-        await asyncio.sleep(rng.choice((0.0, 0.0, 0.3, 1.0)))
+        await asyncio.sleep(pause_s)
 
 
 async def one_round(site: Site, answers: Answers, scale: Scale, rng: random.Random, tally: Tally) -> None:

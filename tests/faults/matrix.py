@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import platform
 import re
 import sys
 import tempfile
@@ -20,8 +19,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from tandem.adapters.bus import Message
 from tandem.adapters.nats_bus import NatsBus
@@ -53,6 +50,9 @@ class Scale:
 
 
 SCALES = {
+    #: In CI: as many streams, for less long.
+    "small": Scale(32, 120, 0.2, 20, (40, 400), 90.0, 60.0),
+    "small vllm": Scale(12, 48, 1.0, 8, (40, 150), 240.0, 240.0),
     "sim": Scale(32, 200, 0.1, 20, (40, 400), 90.0, 30.0),
     "vllm": Scale(32, 96, 1.0, 8, (40, 200), 240.0, 180.0),
 }
@@ -121,6 +121,18 @@ class Arena:
 
 
 @asynccontextmanager
+async def entered(site: Site, store: Store, answers: Answers, scale: Scale) -> AsyncIterator[Arena]:
+    """A cluster that is up."""
+    bus = await NatsBus.connect(str(site.state()["nats_url"]), name="matrix")
+    try:
+        made = Arena(site, store, bus, answers, scale)
+        await made.listen()
+        yield made
+    finally:
+        await bus.close()
+
+
+@asynccontextmanager
 async def arena(engine: str, routers: int, folder: Path, scale: Scale, answers: Answers | None) -> AsyncIterator[Arena]:
     """``answers`` None: this cluster answers every prompt once before anybody harms it."""
     async with Store(folder / "redis") as store:
@@ -129,14 +141,9 @@ async def arena(engine: str, routers: int, folder: Path, scale: Scale, answers: 
         )
         await asyncio.to_thread(site.start, scale.start_s)
         try:
-            bus = await NatsBus.connect(str(site.state()["nats_url"]), name="matrix")
-            try:
-                known = answers or await asyncio.to_thread(recorded_answers, site, scale.tokens, scale.isl)
-                made = Arena(site, store, bus, known, scale)
-                await made.listen()
+            known = answers or await asyncio.to_thread(recorded_answers, site, scale.tokens, scale.isl)
+            async with entered(site, store, known, scale) as made:
                 yield made
-            finally:
-                await bus.close()
         finally:
             site.resume_all()
             await asyncio.to_thread(site.stop)
@@ -162,18 +169,18 @@ async def matrix(engine: str, cases: Sequence[Case], folder: Path) -> list[tuple
     return done
 
 
-def page(engine: str, done: Sequence[tuple[Record, list[str]]]) -> str:
-    what = "real vLLM (SmolLM2-135M, float32, on CPU)" if engine == "vllm" else "the *simulated* engine"
-    head = f"`make faults ENGINE={engine}`, on {what}; {platform.machine()}, {psutil.cpu_count()} cores."
-    return "\n".join([head, "", HEAD, *(row(record, found) for record, found in done)]) + "\n"
-
-
-def write_into(path: Path, name: str, text: str) -> None:
-    """Between the page's markers of that name."""
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+def write_into(path: Path, engine: str, rows: Sequence[str]) -> None:
+    """Between the page's markers for that engine; rows of other cases stay."""
+    begin, end = f"<!-- faults on {engine} -->\n", f"<!-- end of faults on {engine} -->\n"
     before, _, rest = path.read_text().partition(begin)
-    _, _, after = rest.partition(end)
-    path.write_text(before + begin + text + end + after)
+    old, _, after = rest.partition(end)
+    by_case = {_case_of(line): line for line in [*old.splitlines(), *rows] if line.startswith("| ")}
+    table = "\n".join(by_case[case.name] for case in CASES if case.name in by_case)
+    path.write_text(f"{before}{begin}{HEAD}\n{table}\n{end}{after}")
+
+
+def _case_of(line: str) -> str:
+    return line.removeprefix("| ").partition(" |")[0].partition(" (")[0]
 
 
 def main() -> int:
@@ -191,7 +198,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         done = asyncio.run(matrix(args.engine, cases, folder))
     if args.page:
-        write_into(args.page, f"faults on {args.engine}", page(args.engine, done))
+        write_into(args.page, args.engine, [row(record, found) for record, found in done])
     bad = [record.case.name for record, found in done if found]
     print(f"{len(done) - len(bad)} of {len(done)} cases hold" + (f"; not: {'; '.join(bad)}" if bad else ""))
     return 1 if bad else 0

@@ -58,6 +58,8 @@ class Stream:
     wrong: str = ""
     #: Place of the first token that differs.
     differs_at: int | None = None
+    #: What it was refused with before it was sent again.
+    retried: list[str] = field(default_factory=list)
     began_s: float = field(default_factory=time.monotonic)
     first_s: float = 0.0
     heard_s: float = 0.0
@@ -69,12 +71,17 @@ class Stream:
     def took_s(self) -> float:
         return self.ended_s - self.began_s
 
-    async def run(self, frontend: Frontend, timeout_s: float) -> None:
+    async def run(self, frontends: Sequence[Frontend], timeout_s: float, retries: int) -> None:
+        """From the first of the frontends to the next, where one refuses or is not there, as clients' libraries do."""
         try:
-            if self.text_expected:
-                await self._over_http(frontend, timeout_s)
-            else:
-                await self._over_grpc(frontend, timeout_s)
+            for attempt in range(retries + 1):
+                frontend = frontends[attempt % len(frontends)]
+                await (self._over_http if self.text_expected else self._over_grpc)(frontend, timeout_s)
+                if attempt == retries or self.error is None or not self.error.retryable or self.first_s:
+                    break
+                self.retried.append(self.error.code)
+                self.error, self.typed = None, True
+                await asyncio.sleep(0.25 * 2**attempt)
         finally:
             self.ended_s = time.monotonic()
 
@@ -171,12 +178,16 @@ async def _events(response: httpx.Response):  # type: ignore[no-untyped-def]
     raise httpx.RemoteProtocolError("the stream ended without [DONE]")
 
 
+#: A frontend that is restarted is tried again every second: gRPC by itself would wait up to two minutes.
+CHANNEL = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_reconnect_backoff_ms", 1000)]
+
+
 class Frontend:
     """Clients of one frontend."""
 
     def __init__(self, address: Address, answers: Answers) -> None:
         self.answers = answers
-        self._channel = grpc.aio.insecure_channel(address.grpc, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._channel = grpc.aio.insecure_channel(address.grpc, options=CHANNEL)
         self.stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
         self.http = httpx.AsyncClient(base_url=address.http, limits=limits, trust_env=False)
@@ -198,14 +209,16 @@ class Load:
         timeout_s: float = 60.0,
         http_every: int = 0,
         way: Way | None = None,
+        retries: int = 0,
     ) -> None:
-        """``way``: of all, whatever ``http_every`` says."""
+        """``way``: of all, whatever ``http_every`` says. ``retries``: of requests of which nothing was answered."""
         self.answers = answers
         self._frontends = [Frontend(address, answers) for address in addresses]
         self._rng = random.Random(seed)
         self._timeout_s = timeout_s
         self._http_every = http_every
         self._way = way
+        self._retries = retries
         self.streams: list[Stream] = []
 
     async def __aenter__(self) -> Load:
@@ -227,8 +240,9 @@ class Load:
             if way is not Way.GRPC:
                 stream.text_expected = self.answers.text(expected)
                 stream.streaming = way is Way.STREAMED
-            frontend = self._frontends[number % len(self._frontends)]
-            stream.task = asyncio.create_task(stream.run(frontend, self._timeout_s))
+            first = number % len(self._frontends)
+            frontends = [*self._frontends[first:], *self._frontends[:first]]
+            stream.task = asyncio.create_task(stream.run(frontends, self._timeout_s, self._retries))
             self.streams.append(stream)
             started.append(stream)
         return started

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.cluster.site import Site, deployment
+from tests.harness.site import Site, deployment
 
 START_S = 90.0
 

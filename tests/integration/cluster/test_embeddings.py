@@ -18,11 +18,11 @@ import pytest
 
 from tandem.enginemodel.content import hashed_embedding
 from tandem.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc
+from tests.harness.answers import MODEL
 from tests.harness.client import describe
 from tests.harness.cluster import wait_for
+from tests.harness.site import SIM, Site
 from tests.integration.cluster.conftest import _running
-from tests.integration.cluster.load import MODEL
-from tests.integration.cluster.site import SIM, Site
 
 EMBED = "embedder"
 MAX_LEN, SIZE = 256, 48

@@ -14,11 +14,11 @@ import openai
 import psutil
 import pytest
 
+from tests.harness.answers import MODEL
 from tests.harness.client import describe
 from tests.harness.cluster import wait_for
+from tests.harness.site import Site
 from tests.integration.cluster.conftest import _running as _running_cluster
-from tests.integration.cluster.load import MODEL
-from tests.integration.cluster.site import Site
 
 MAX_LEN = 40_000
 #: The deployment's; usually 30 s.

@@ -15,12 +15,12 @@ import pytest
 
 from tandem.telemetry import spans as table
 from tandem.v1 import inference_pb2
+from tests.harness.answers import MODEL
 from tests.harness.client import Client, describe
 from tests.harness.cluster import wait_for
 from tests.harness.otlp import OtlpReceiver, Span
+from tests.harness.site import Site, deployment
 from tests.integration.cluster.conftest import START_S
-from tests.integration.cluster.load import MODEL
-from tests.integration.cluster.site import Site, deployment
 
 pytestmark = pytest.mark.timeout(180)
 
