@@ -8,6 +8,10 @@ rules. A report may contain requests that we have since seen end: foreign load i
 of the last ``lag`` seconds. A report may lack requests that we have since dispatched: it may lower the pending prefill
 only down to what it says plus all that was dispatched within the last ``lag`` seconds. So nothing is counted twice,
 a stale report erases nothing, and no number goes below zero.
+
+Requests that share a prefix share its KV blocks, which the router cannot see: each is booked in full. A report that
+shows fewer blocks in use than the prompts that were decoding all through the last ``lag`` seconds says which part is
+shared; so much of the present ones needs no room.
 """
 
 from __future__ import annotations
@@ -38,10 +42,13 @@ class Booking:
     kv_tokens: int  # read per decode step: the prompt
     transfer_bytes: float = 0.0  # still to cross this worker's link
     booked_s: float = 0.0
+    extra_s: float = 0.0  # of prefill_s, what it takes from the decodes beside it
+    decoding: bool = False  # its prompt is in this worker's KV
 
 
-#: Own load as a report could show it: prompt tokens to compute, KV blocks, requests, KV tokens at most.
-_Own = tuple[int, int, int, int]
+#: Own load as a report could show it: prompt tokens to compute, KV blocks, requests, KV tokens at most; and, negative,
+#: the blocks that it must show at least unless requests share some.
+_Own = tuple[int, int, int, int, int]
 
 
 class Reading(NamedTuple):
@@ -61,7 +68,7 @@ class _Peaks:
     def __init__(self, window: float) -> None:
         self._window = window
         self._bucket = -1
-        self._current = self._previous = (0, 0, 0, 0)
+        self._current = self._previous = (0, 0, 0, 0, 0)
 
     def note(self, values: _Own, now: float) -> None:
         bucket = math.floor(now / self._window)
@@ -70,14 +77,17 @@ class _Peaks:
             self._current = values
             self._bucket = bucket
         elif values != self._current:
-            (a, b, c, d), (e, f, g, h) = self._current, values
-            self._current = (a if a > e else e, b if b > f else f, c if c > g else g, d if d > h else h)
+            self._current = _highest(self._current, values)
 
     def read(self, values: _Own, now: float) -> _Own:
         """``values`` are the present ones."""
         self.note(values, now)
-        (a, b, c, d), (e, f, g, h) = self._current, self._previous
-        return (a if a > e else e, b if b > f else f, c if c > g else g, d if d > h else h)
+        return _highest(self._current, self._previous)
+
+
+def _highest(one: _Own, other: _Own) -> _Own:
+    (a, b, c, d, e), (f, g, h, i, j) = one, other
+    return (a if a > f else f, b if b > g else g, c if c > h else h, d if d > i else i, e if e > j else j)
 
 
 def _kv_format(spec: WorkerSpec) -> tuple[str, str, int] | None:
@@ -90,10 +100,10 @@ class WorkerView:
     __slots__ = (
         "_dispatched", "_lag", "_peaks", "_prefilling", "_progress_from",
         "_reading", "_reading_at", "_recent_tokens", "_report", "_rho", "_rho_at", "bookings",
-        "capacity_tokens", "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens", "foreign_sequences",
-        "foreign_tokens",
+        "capacity_tokens", "decoding_blocks", "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens",
+        "foreign_sequences", "foreign_tokens",
         "id", "kv_format", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf", "role",
-        "spec", "suspect", "transfer_bytes",
+        "shared_blocks", "sharing", "spec", "suspect", "transfer_bytes",
     )  # fmt: skip
 
     def __init__(self, spec: WorkerSpec, perf: PerfModel, lag: float) -> None:
@@ -113,6 +123,9 @@ class WorkerView:
         self.own_sequences = 0
         self.own_kv_tokens = 0
         self.transfer_bytes = 0.0
+        self.decoding_blocks = 0  # of prompts whose KV is here, each counted in full
+        self.sharing = 0.0  # part of these that reports show to be shared between requests
+        self.shared_blocks = 0  # that many of own_blocks need no room
         self.foreign_tokens = 0
         self.foreign_context = 0.0
         self.foreign_blocks = 0
@@ -150,7 +163,7 @@ class WorkerView:
             self.own_context += booking.prefill_context
             self._dispatched.append((now, booking.prefill_tokens))
             self._recent_tokens += booking.prefill_tokens
-            self._rho = self.prefill_share_s(now, tau_s) + booking.prefill_s
+            self._rho = self.prefill_share_s(now, tau_s) + booking.extra_s
             self._rho_at = now
         self._note_peaks(now)
 
@@ -168,6 +181,7 @@ class WorkerView:
         if next(iter(self._prefilling)) == key:
             self._progress_from = now
         del self._prefilling[key]
+        self._decodes(booking)
         if not self._prefilling:
             self.own_context = 0.0  # sheds what float sums leave
 
@@ -176,6 +190,16 @@ class WorkerView:
         if booking is not None:
             self.transfer_bytes -= booking.transfer_bytes
             booking.transfer_bytes = 0.0
+            self._decodes(booking)
+
+    def _decodes(self, booking: Booking) -> None:
+        if booking.decodes and not booking.decoding:
+            booking.decoding = True
+            self._change_decoding(booking.kv_tokens // self.spec.block_size)
+
+    def _change_decoding(self, blocks: int) -> None:
+        self.decoding_blocks += blocks
+        self.shared_blocks = int(self.sharing * self.decoding_blocks)
 
     def release(self, key: RequestKey, now: float) -> None:
         """Everything that this request takes here is given back. Unknown: no-op."""
@@ -190,6 +214,8 @@ class WorkerView:
         if booking.decodes:
             self.own_sequences -= 1
             self.own_kv_tokens -= booking.kv_tokens
+        if booking.decoding:
+            self._change_decoding(-(booking.kv_tokens // self.spec.block_size))
         if not self.bookings:
             self.transfer_bytes = 0.0
 
@@ -207,11 +233,13 @@ class WorkerView:
         self.draining = load.draining
         if load.role is not None:
             self.role = load.role
-        tokens, blocks, requests, kv_tokens = self._peaks.read(self._own(), now)
+        tokens, blocks, requests, kv_tokens, decoding = self._peaks.read(self._own(), now)
         self.foreign_tokens = max(0, load.pending_prefill_tokens - tokens)
         share = self.foreign_tokens / load.pending_prefill_tokens if load.pending_prefill_tokens else 0.0
         self.foreign_context = share * load.pending_prefill_context_tokens
         self.foreign_blocks = max(0, load.kv_blocks_used - blocks)
+        self.sharing = max(0.0, 1.0 - load.kv_blocks_used / -decoding) if decoding < 0 else 0.0
+        self._change_decoding(0)
         self.foreign_sequences = max(0, load.waiting_requests + load.running_requests - requests)
         self.foreign_kv_tokens = max(0, load.kv_tokens - kv_tokens)
         if not self.foreign_sequences:
@@ -277,7 +305,7 @@ class WorkerView:
 
     @property
     def blocks_in_use(self) -> int:
-        return self.own_blocks + self.foreign_blocks
+        return self.own_blocks - self.shared_blocks + self.foreign_blocks
 
     @property
     def sequences(self) -> int:
@@ -303,7 +331,7 @@ class WorkerView:
 
     def _own(self) -> _Own:
         blocks = self.own_blocks
-        return self.own_tokens, blocks, len(self.bookings), blocks * self.spec.block_size
+        return self.own_tokens, blocks, len(self.bookings), blocks * self.spec.block_size, -self.decoding_blocks
 
     def _note_peaks(self, now: float) -> None:
         self._peaks.note(self._own(), now)

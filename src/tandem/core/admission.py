@@ -168,7 +168,7 @@ class Admission:
             return
         self._cap.offer(entry.request.isl_tokens)
         ahead = self.backlog.surely_ahead_s(entry, self._queue.share_of(entry.request.tenant))
-        servers = max(1, len(self._fleet.decoders) + len(self._fleet.prefillers))
+        servers = max(1, sum(view.usable for view in self._fleet.ordered))
         if self.cannot_meet(entry, goal, now, ahead / servers):
             if self.refuses_late(entry):
                 raise self.late_error(entry, goal)

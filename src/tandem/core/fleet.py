@@ -30,7 +30,7 @@ class Fleet:
         self.views: dict[str, WorkerView] = {}
         self.ordered: list[WorkerView] = []
         self.decoders: list[WorkerView] = []  # usable ones
-        self.prefillers: list[WorkerView] = []  # usable ones
+        self.prefillers: list[WorkerView] = []  # usable ones that compute prompts for others
         self.set_aside: tuple[tuple[str, str], ...] = ()  # (worker id, why it is not usable)
         self.longest_tokens = 0  # prompt and output that the largest decode worker holds, usable or not; 0 = none
         self.generation = 0  # rises when the set of usable workers, or a role, changes
@@ -46,6 +46,7 @@ class Fleet:
 
     def reconfigure(self, policy: Policy) -> None:
         self._policy = policy
+        self._changed()
 
     # --- membership -------------------------------------------------------------------------------------------------
 
@@ -99,7 +100,8 @@ class Fleet:
         self.ordered = [self.views[worker] for worker in sorted(self.views)]
         usable = [view for view in self.ordered if view.usable]
         self.decoders = [view for view in usable if view.role is Role.DECODE]
-        self.prefillers = [view for view in usable if view.role is Role.PREFILL]
+        lending = self._policy.flexible
+        self.prefillers = [v for v in usable if v.role is Role.PREFILL or (lending and v.kv_format is not None)]
         self.set_aside = tuple((v.id, "draining" if v.draining else "silent") for v in self.ordered if not v.usable)
         self.longest_tokens = max((v.capacity_tokens for v in self.ordered if v.role is Role.DECODE), default=0)
         held = {view.id for view in self.decoders}

@@ -1,11 +1,16 @@
 """Where a request runs: the plan of least predicted harm, in milliseconds.
 
-For each decode worker d two kinds of plan: ``local(d)``, d computes the prompt itself, and ``remote(p, d)``, prefill
-worker p computes it and d pulls what it lacks. A plan is scored by what it does to the request (``r1``, its time to
-the first token over the target) and to everyone who decodes beside it (``r2``, their inter-token latency over the
-target, the *TPOT guard*):
+For each decode worker d two kinds of plan: ``local(d)``, d computes the prompt itself, and ``remote(p, d)``, another
+worker p computes it and d pulls what it lacks; p may be a prefill worker or one that decodes, too. A plan is scored by
+what it does to the request (``r1``, its time to the first token over the target), to everyone who decodes beside it, on
+d and on p (``r2``, their inter-token latency over the target, the *TPOT guard*), and by the worker time that it adds
+(``effort``, over the TTFT target):
 
-    score = r1^2 + r2^2 + 200*max(0, r1-0.8) + 200*max(0, r2-0.85) + 50*max(0, kv-0.95)          lowest wins
+    score = r1^2 + r2^2 + 200*max(0, r1-0.8) + 200*max(0, r2-0.85) + 50*max(0, kv-0.95) + effort          lowest wins
+
+Effort makes roles emerge where workers have none: a stream beside others costs its share of their steps, the first one
+on a worker whole steps. So streams gather on as few workers as the guard allows, and the rest is free to prefill; a
+short prompt costs least in the steps of a worker that decodes anyway.
 
 Prefix hits count on both sides: cached tokens need no computing on p or d and no transfer to d. Hard filters take a
 worker out whatever its score; each names its reason. Nothing here changes any state: the answer is a ``Decision``,
@@ -75,7 +80,10 @@ class Inquiry:
 
 
 #: The terms of a score, in the order of ``Candidate.row``.
-TERMS = ("ttft_ms", "waited_ms", "prefill_ms", "transfer_ms", "itl_ms", "kv_share", "ttft_of_target", "itl_of_target")
+TERMS = (
+    "ttft_ms", "waited_ms", "prefill_ms", "transfer_ms", "itl_ms", "kv_share", "ttft_of_target", "itl_of_target",
+    "effort_ms",
+)  # fmt: skip
 
 
 class Candidate(NamedTuple):
@@ -88,6 +96,7 @@ class Candidate(NamedTuple):
     pending_s: float  # predicted pending prefill of the first worker, without this request
     transfer_bytes: float
     row: tuple[float, ...]
+    extra_s: float  # of prefill_s, what it adds to the first worker's steps: decodes beside it go on in them
 
     @property
     def first(self) -> WorkerView:
@@ -169,7 +178,7 @@ def full(view: WorkerView, need: int, share: float) -> str:
     if not view.bookings and not view.foreign_sequences:
         return ""
     spec = view.spec
-    if view.own_blocks + view.foreign_blocks + need > share * spec.kv_blocks_total:
+    if view.blocks_in_use + need > share * spec.kv_blocks_total:
         return "no KV room"
     if view.own_sequences + view.foreign_sequences >= spec.max_num_seqs:
         return "batch full"
@@ -195,6 +204,7 @@ class _Source(NamedTuple):
     total_s: float  # until the prompt is computed, pending work included
     own_s: float
     pending_s: float
+    extra_s: float  # of own_s, what it adds to the worker's steps: decodes beside it go on in them
     view: WorkerView
 
 
@@ -208,8 +218,43 @@ def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: flo
     work = perf.p1 * fresh + perf.p2 * (fresh * (isl + cached - 1) / 2.0)  # suffix_context, in the inner loop
     tokens, context, step_s, pending_s = reading
     total = perf.p1 * tokens + perf.p2 * context + work + math.ceil((tokens + fresh) / chunk) * step_s
-    own = work + math.ceil(fresh / chunk) * step_s
-    return _Source(inflation * total, inflation * own, inflation * pending_s, view)
+    steps = math.ceil(fresh / chunk)
+    own = extra = work + steps * step_s
+    batch = view.own_sequences + view.foreign_sequences
+    if batch:
+        decode_s = perf.d0 + perf.d1 * batch + perf.d2 * (view.own_kv_tokens + view.foreign_kv_tokens)
+        extra = max(work, own - steps * decode_s)
+    return _Source(inflation * total, inflation * own, inflation * pending_s, inflation * extra, view)
+
+
+class _Lender(NamedTuple):
+    """A worker that could compute the prompt for another one."""
+
+    source: _Source
+    harm: float  # what that does to the streams that decode there: their inter-token latency, of target
+
+
+def _lenders(views: Sequence[WorkerView], inquiry: Inquiry, policy: Policy, now: float) -> list[_Lender]:
+    """The soonest first, without those that two others beat in time and harm: one may be the decode worker itself."""
+    inflation, tpot_s, osl = policy.inflation, inquiry.targets.tpot_s, inquiry.expected_osl
+    tau = disturbance_window_s(osl, tpot_s)
+    found = []
+    for view in views:
+        source, harm = _source(view, view.reading(now), inquiry, inflation), 0.0
+        batch = view.own_sequences + view.foreign_sequences
+        if batch:
+            step_s = view.perf.decode_step_s(batch, view.own_kv_tokens + view.foreign_kv_tokens + 0.5 * osl * batch)
+            share = min(_MAX_DISTURBANCE, (view.prefill_share_s(now, tau) + source.extra_s) / tau)
+            harm = inflation * step_s / (1.0 - share) / tpot_s
+        found.append(_Lender(source, harm))
+    found.sort(key=_total_s)
+    kept: list[_Lender] = []
+    least = second = math.inf
+    for lender in found:
+        if lender.harm < second:
+            kept.append(lender)
+            least, second = (lender.harm, least) if lender.harm < least else (least, lender.harm)
+    return kept
 
 
 def _score(r1: float, r2: float, kv: float, policy: Policy) -> float:
@@ -262,11 +307,10 @@ def decide(
         able_d = _promising_decoders(able_d, inquiry, policy.exact_candidates)
     if len(able_p) > policy.exact_candidates:
         able_p = _promising_prefillers(able_p, inquiry, policy.exact_candidates)
-    sources = [_source(view, view.reading(now), inquiry, policy.inflation) for view in able_p]
-    sources.sort(key=_total_s)
+    lenders = _lenders(able_p, inquiry, policy, now)
     candidates: list[Candidate] = []
     for view in able_d:
-        _plans_on(view, sources, inquiry, policy, now, candidates)
+        _plans_on(view, lenders, inquiry, policy, now, candidates)
     found = len(candidates)
     if inquiry.guard_share < 1.0:
         candidates = [candidate for candidate in candidates if candidate.itl_of_target <= inquiry.guard_share]
@@ -276,8 +320,8 @@ def decide(
     return Decision(tuple(candidates), tuple(excluded), found > len(candidates), partial)
 
 
-def _total_s(source: _Source) -> float:
-    return source.total_s
+def _total_s(lender: _Lender) -> float:
+    return lender.source.total_s
 
 
 def _score_of(candidate: Candidate) -> float:
@@ -312,7 +356,8 @@ def _able(
         if (
             not picky
             and isl < view.capacity_tokens
-            and view.own_blocks + view.foreign_blocks - (-tokens // spec.block_size) <= share * spec.kv_blocks_total
+            and view.own_blocks - view.shared_blocks + view.foreign_blocks - (-tokens // spec.block_size)
+            <= share * spec.kv_blocks_total
             and view.own_sequences + view.foreign_sequences < spec.max_num_seqs
             and spec.model == model
         ):
@@ -376,61 +421,85 @@ def _promising_prefillers(views: list[WorkerView], inquiry: Inquiry, count: int)
     )
 
 
+class _Seat(NamedTuple):
+    """A place in a decode worker's batch, as a plan of any kind would take it."""
+
+    view: WorkerView
+    step_s: float  # of a step with this request, inflated
+    longer_s: float  # the time that it adds to all its steps, inflated
+    tau: float
+    rho: float
+    kv: float
+
+
+def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float) -> _Seat:
+    osl, perf = inquiry.expected_osl, view.perf
+    batch = view.own_sequences + view.foreign_sequences
+    others = view.own_kv_tokens + view.foreign_kv_tokens + 0.5 * osl * batch
+    kv_tokens = inquiry.request.isl_tokens + 0.5 * osl
+    step_s = perf.decode_step_s(batch + 1, others + kv_tokens)
+    # An idle worker would decode for this request alone: all of the step is its own.
+    longer_s = step_s if not batch else perf.d1 + perf.d2 * kv_tokens
+    tau = disturbance_window_s(osl, inquiry.targets.tpot_s)
+    blocks = view.blocks_in_use + need_blocks(view, inquiry.reserve_tokens)
+    inflation = policy.inflation
+    return _Seat(
+        view, inflation * step_s, inflation * osl * longer_s, tau, view.prefill_share_s(now, tau),
+        blocks / view.spec.kv_blocks_total,
+    )  # fmt: skip
+
+
 def _plans_on(
     decode: WorkerView,
-    sources: Sequence[_Source],
+    lenders: Sequence[_Lender],
     inquiry: Inquiry,
     policy: Policy,
     now: float,
     found: list[Candidate],
 ) -> None:
     """Appends ``local(decode)`` and the best ``remote(p, decode)``, as far as the policy allows."""
-    isl, waited = inquiry.request.isl_tokens, inquiry.waited_s
-    spec, targets, inflation = decode.spec, inquiry.targets, policy.inflation
-    batch = decode.own_sequences + decode.foreign_sequences + 1
-    kv_tokens = decode.own_kv_tokens + decode.foreign_kv_tokens + isl + 0.5 * inquiry.expected_osl * batch
-    step_s = inflation * decode.perf.decode_step_s(batch, kv_tokens)
-    tau = disturbance_window_s(inquiry.expected_osl, targets.tpot_s)
-    rho = decode.prefill_share_s(now, tau)
-    blocks = decode.own_blocks + decode.foreign_blocks + need_blocks(decode, inquiry.reserve_tokens)
-    kv = blocks / spec.kv_blocks_total
-
-    if policy.local_prefill or not any(can_transfer(source.view, decode) for source in sources):
-        local = _source(decode, decode.reading(now), inquiry, inflation)
-        itl_s = step_s / (1.0 - min(_MAX_DISTURBANCE, (rho + local.own_s) / tau))
-        ttft_s = waited + local.total_s
-        r1, r2 = ttft_s / targets.ttft_s, itl_s / targets.tpot_s
-        terms = (1e3 * ttft_s, 1e3 * waited, 1e3 * local.total_s, 0.0, 1e3 * itl_s, kv, r1, r2)
-        found.append(Candidate(_score(r1, r2, kv, policy), decode, None, local.own_s, local.pending_s, 0.0, terms))
-
-    if not sources:
+    seat = _seat(decode, inquiry, policy, now)
+    if policy.local_prefill or not any(can_transfer(lender.source.view, decode) for lender in lenders):
+        local = _source(decode, decode.reading(now), inquiry, policy.inflation)
+        itl_s = seat.step_s / (1.0 - min(_MAX_DISTURBANCE, (seat.rho + local.extra_s) / seat.tau))
+        found.append(_candidate(seat, local, None, inquiry.waited_s + local.total_s, 0.0, itl_s, 0.0, inquiry, policy))
+    if not lenders:
         return
-    missing = max(0, isl - inquiry.cached.get(decode.id, 0))
-    moved = float(missing * spec.kv_bytes_per_token)
-    best = _best_source(sources, decode, moved)
-    if best is None:
-        return
-    source, transfer_s = best
-    itl_s = step_s / (1.0 - min(_MAX_DISTURBANCE, rho / tau))
-    ttft_s = waited + (source.total_s + transfer_s) + step_s
-    r1, r2 = ttft_s / targets.ttft_s, itl_s / targets.tpot_s
-    terms = (1e3 * ttft_s, 1e3 * waited, 1e3 * source.total_s, 1e3 * transfer_s, 1e3 * itl_s, kv, r1, r2)
-    score = _score(r1, r2, kv, policy)
-    found.append(Candidate(score, decode, source.view, source.own_s, source.pending_s, max(1.0, moved), terms))
-
-
-def _best_source(sources: Sequence[_Source], decode: WorkerView, moved: float) -> tuple[_Source, float] | None:
-    """Where the prompt's KV is on ``decode`` soonest, ``moved`` bytes of it, and the seconds of the transfer."""
-    best: tuple[_Source, float] | None = None
-    until_best = math.inf
-    for source in sources:
-        if source.total_s >= until_best:
-            break  # sorted: no later one can be better, whatever its link
+    missing = max(0, inquiry.request.isl_tokens - inquiry.cached.get(decode.id, 0))
+    moved = float(missing * decode.spec.kv_bytes_per_token)
+    undisturbed_s = seat.step_s / (1.0 - min(_MAX_DISTURBANCE, seat.rho / seat.tau))
+    best: Candidate | None = None
+    for source, harm in lenders:
         view = source.view
-        if not can_transfer(view, decode):
+        if view is decode or not can_transfer(view, decode):
             continue
         link = max(1.0, min(view.spec.link_bytes_per_s, decode.spec.link_bytes_per_s))
         transfer_s = (moved + max(view.transfer_bytes, decode.transfer_bytes)) / link
-        if source.total_s + transfer_s < until_best:
-            until_best, best = source.total_s + transfer_s, (source, transfer_s)
-    return best
+        ttft_s = inquiry.waited_s + (source.total_s + transfer_s) + seat.step_s
+        itl_s = max(undisturbed_s, harm * inquiry.targets.tpot_s)
+        candidate = _candidate(seat, source, view, ttft_s, transfer_s, itl_s, max(1.0, moved), inquiry, policy)
+        if best is None or candidate.score < best.score:
+            best = candidate
+    if best is not None:
+        found.append(best)
+
+
+def _candidate(
+    seat: _Seat,
+    source: _Source,
+    prefill: WorkerView | None,
+    ttft_s: float,
+    transfer_s: float,
+    itl_s: float,
+    moved: float,
+    inquiry: Inquiry,
+    policy: Policy,
+) -> Candidate:
+    targets, waited_s = inquiry.targets, inquiry.waited_s
+    r1, r2, effort_s = ttft_s / targets.ttft_s, itl_s / targets.tpot_s, source.extra_s + seat.longer_s
+    score = _score(r1, r2, seat.kv, policy) + policy.effort * effort_s / targets.ttft_s
+    row = (
+        1e3 * ttft_s, 1e3 * waited_s, 1e3 * source.total_s, 1e3 * transfer_s, 1e3 * itl_s, seat.kv, r1, r2,
+        1e3 * effort_s,
+    )  # fmt: skip
+    return Candidate(score, seat.view, prefill, source.own_s, source.pending_s, moved, row, source.extra_s)

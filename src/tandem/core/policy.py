@@ -63,9 +63,12 @@ class Policy:
     exact_candidates: int = _knob(8, "workers of a role scored exactly; above it a cheap filter picks them")
     local_prefill: bool = _knob(True, "decode workers may prefill by themselves where a prefill worker could do it")
     remote_prefill: bool = _knob(True, "prefill workers may prefill for decode workers")
+    flexible: bool = _knob(True, "decode workers may prefill for each other, as prefill workers do for them")
+    effort: float = _knob(1.0, "weight of the worker time that a plan adds, as a share of the TTFT target")
     # late binding
     credit_s: float = _knob(0.1, "a worker gets work while its predicted pending prefill is below this, seconds")
     kv_share: float = _knob(0.9, "share of a worker's KV blocks that may be reserved")
+    tpot_limit: float = _knob(1.1, "predicted TPOT, as a share of its SLO, above which nothing with an SLO is started")
     hold_s: float = _knob(0.5, "how long a request waits for a better but busy worker while another one idles, seconds")
     scan_depth: int = _knob(8, "requests that one poll passes over at most")
     scan_per_tenant: int = _knob(3, "requests of one tenant and class that one poll passes over at most")
@@ -73,11 +76,14 @@ class Policy:
     # admission
     queue_limit_tokens: int = _knob(4_000_000, "tokens that may wait, counted over classes of equal or better rank")
     no_worker_grace_s: float = _knob(30.0, "how long queued requests wait for any worker to come, seconds")
-    late_share: float = _knob(1.1, "predicted first token, as a share of its SLO, above which a request is given up")
+    late_share: float = _knob(1.15, "predicted first token, as a share of its SLO, above which a request is given up")
     refusal_cap: float = _knob(1.0, "share of each prompt-length class that may be refused for lateness; 1 = no cap")
     forget_after_s: float = _knob(30.0, "accounting of a request is dropped this long after its hard limit, seconds")
     # fairness
     output_weight: float = _knob(2.0, "an output token counts like this many uncached input tokens")
+    overtake_tokens: float = _knob(
+        4096.0, "weighted tokens by which others may overtake a tenant that waits for credit"
+    )
     share_window_s: float = _knob(10.0, "time over which a class's minimum share is measured, seconds")
     background_guard: float = _knob(0.7, "share of TPOT target and KV that background work may fill")
     background_credit_s: float = _knob(0.02, "credit of background work that is not owed its share, seconds")

@@ -45,6 +45,8 @@ __all__ = ["Effect", "Place", "Recall", "Refuse", "Scheduler", "Snapshot"]
 
 #: ``poll`` is never asked for again sooner than this, seconds.
 _MIN_WAKEUP_S = 0.002
+#: A request that could not start is looked at again after so long even if nothing has happened.
+_PATIENCE_S = 0.02
 
 
 def _declared(classes: Mapping[str, RequestClass]) -> dict[str, RequestClass]:
@@ -274,8 +276,12 @@ class Scheduler:
         return self._stirred or (self._retry_at is not None and self._retry_at <= now)
 
     def _scan(self, now: float, effects: list[Effect]) -> None:
-        """Takes entries in the queue's order and places those that can start, until nobody has credit."""
+        """Takes entries in the queue's order and places those that can start, until nobody has credit.
+
+        Whoever waits for a busy worker by choice is overtaken by other tenants only as far as ``overtake_tokens``.
+        """
         policy = self.policy
+        overtaken: dict[str, float] = {}  # by class, the lowest counter of a tenant that was passed over for credit
         passed: list[Entry] = []
         passed_in: dict[tuple[str, str], int] = {}
         while len(passed) < policy.scan_depth:
@@ -284,10 +290,16 @@ class Scheduler:
             entry = self._queue.pop(now)
             if entry is None:
                 break
+            name, counter = entry.request_class.name, self._counters.value(entry.request.tenant)
+            if counter > overtaken.get(name, counter) + policy.overtake_tokens:
+                passed.append(entry)
+                break
             if self._try(entry, now, effects) or not entry.queued or entry.parked:
                 continue
             passed.append(entry)
-            lane = (entry.request.tenant, entry.request_class.name)
+            if entry.waits_for is Wait.CREDIT:
+                overtaken[name] = min(counter, overtaken.get(name, counter))
+            lane = (entry.request.tenant, name)
             passed_in[lane] = passed_in.get(lane, 0) + 1
             if passed_in[lane] >= policy.scan_per_tenant:
                 self._queue.set_aside(entry)
@@ -331,7 +343,7 @@ class Scheduler:
             if self._recall_for(entry, decision.best, now, effects):
                 return self._try(entry, now, effects)
             entry.waits_for = Wait.CREDIT
-            self._look_again(now + max(_MIN_WAKEUP_S, decision.best.pending_s - inquiry.credit_s))
+            self._look_again(now + max(_PATIENCE_S, decision.best.pending_s - inquiry.credit_s))
             if inquiry.waited_s < self.policy.hold_s:
                 self._look_again(now + self.policy.hold_s - inquiry.waited_s)
         return False
@@ -348,14 +360,19 @@ class Scheduler:
     def _with_credit(self, decision: Decision, inquiry: Inquiry) -> Candidate | None:
         """The best plan if its first worker has credit; else, after ``hold_s``, the best that has and harms nobody."""
         best = decision.best
-        if best is None or best.pending_s < inquiry.credit_s:
+        if best is None or (best.pending_s < inquiry.credit_s and self._paced(best, inquiry)):
             return best
         if inquiry.waited_s >= self.policy.hold_s:
             for candidate in decision.candidates:
                 harmless = candidate.itl_of_target <= 1.0 or candidate.decode.idle
-                if candidate.pending_s < inquiry.credit_s and harmless:
+                if candidate.pending_s < inquiry.credit_s and harmless and self._paced(candidate, inquiry):
                     return candidate
         return None
+
+    def _paced(self, candidate: Candidate, inquiry: Inquiry) -> bool:
+        """With an SLO it waits rather than start where the streams would miss theirs by it."""
+        late = inquiry.targets.binding and candidate.itl_of_target > self.policy.tpot_limit
+        return not late or candidate.decode.idle
 
     def _decide(self, inquiry: Inquiry, now: float, rng: random.Random | None) -> Decision:
         fleet = self._fleet
@@ -419,11 +436,17 @@ class Scheduler:
         fresh, context = isl - cached, suffix_context(isl, cached)
         room = need_blocks(decode, inquiry.reserve_tokens)
         if candidate.prefill is None:
-            decode.book(Booking(key, fresh, context, candidate.prefill_s, room, True, isl), now, tau)
+            decode.book(
+                Booking(key, fresh, context, candidate.prefill_s, room, True, isl, extra_s=candidate.extra_s), now, tau
+            )
         else:
             moved = candidate.transfer_bytes
             held = need_blocks(first, isl)
-            first.book(Booking(key, fresh, context, candidate.prefill_s, held, False, 0, moved), now, tau)
+            first.book(
+                Booking(key, fresh, context, candidate.prefill_s, held, False, 0, moved, extra_s=candidate.extra_s),
+                now,
+                tau,
+            )
             decode.book(Booking(key, 0, 0.0, 0.0, room, True, isl, moved), now, tau)
             self._fleet.touch(decode)
         self._fleet.touch(first)

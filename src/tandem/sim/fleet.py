@@ -83,7 +83,7 @@ class Fleet:
 
 
 #: Chunks that suit most: a prefill worker has no decodes to protect.
-PREFILL_CHUNK, DECODE_CHUNK = 8192, 1024
+PREFILL_CHUNK, DECODE_CHUNK = 8192, 2048
 
 _SPLIT = re.compile(r"(?:(\d+)P)?(\d+)D(?:@(.+))?", re.IGNORECASE)
 

@@ -111,7 +111,9 @@ class CoreRouter:
         seed: int = 0,
         *,
         best_effort: bool = False,
+        exact_lengths: bool = False,
     ) -> None:
+        """``exact_lengths``: each request says how long its answer will be, which no real one knows."""
         request_class = RequestClass(timeout_s=600.0, best_effort=best_effort)
         if slo is not None:
             request_class = replace(
@@ -126,6 +128,7 @@ class CoreRouter:
         )
         self._lookup = lookup
         self._max_osl_tokens = max_osl_tokens
+        self._exact_lengths = exact_lengths
         self._jobs: dict[str, Job] = {}
         for slot, worker in enumerate(workers):
             self.scheduler.worker_up(spec_of(worker, slot), 0.0)
@@ -136,7 +139,7 @@ class CoreRouter:
             key=_key(job),
             model=_MODEL,
             isl_tokens=offered.isl_tokens,
-            max_osl_tokens=self._max_osl_tokens,
+            max_osl_tokens=offered.osl_tokens if self._exact_lengths else self._max_osl_tokens,
             arrival_s=now,
             timeout_s=600.0,
             tenant=offered.tenant,

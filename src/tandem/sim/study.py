@@ -23,6 +23,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
     {
         "tandem": "the router's own decision core, with the SLO as its requests' SLO",
         "tandem-no-slo": "the same; its requests carry no SLO, so nothing is refused for lateness",
+        "tandem-oracle": "the same, knowing each output's length, and with a model that needs no margin",
         "round-robin": "one worker after the other",
         "least-loaded": "fewest requests in flight",
         "dynamo": "Dynamo's published cost function with overlap credit",
@@ -32,7 +33,10 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "tandem-less-deadlines": "the queue in order of arrival",
         "tandem-less-refusal": "late requests run behind the rest instead of being refused",
         "tandem-less-local": "prefill workers compute every prompt",
-        "tandem-less-remote": "no prefill worker computes anything",
+        "tandem-less-remote": "every prompt is computed where it decodes",
+        "tandem-less-lending": "only prefill workers compute prompts for others",
+        "tandem-less-effort": "worker time has no price: streams spread over all workers",
+        "tandem-less-pace": "requests start even where the streams would miss their TPOT by it",
     }
 )
 
@@ -45,7 +49,15 @@ ABLATIONS: Mapping[str, Mapping[str, float | int | bool]] = MappingProxyType(
         "tandem-less-refusal": {},  # of the request class, not a knob
         "tandem-less-local": {"local_prefill": False},
         "tandem-less-remote": {"remote_prefill": False},
+        "tandem-less-lending": {"flexible": False},
+        "tandem-less-effort": {"effort": 0.0},
+        "tandem-less-pace": {"tpot_limit": 1e9},
     }
+)
+
+#: The expected length of an answer is what its request says at most, for good; predictions have no margin.
+_ORACLE: Mapping[str, float | int | bool] = MappingProxyType(
+    {"default_osl_tokens": 10**9, "osl_memory": 0.0, "inflation": 1.0}
 )
 
 
@@ -80,11 +92,14 @@ class Setup:
             case "dynamo" | "dynamo-conditional":
                 conditional = self.policy == "dynamo-conditional"
                 return DynamoCost(workers, lookup, self.workload.block_size, conditional=conditional)
-            case name if name in ("tandem", "tandem-no-slo", *ABLATIONS):
+            case name if name in ("tandem", "tandem-no-slo", "tandem-oracle", *ABLATIONS):
                 slo = None if name == "tandem-no-slo" else self.slo
-                policy = policy_from({**ABLATIONS.get(name, {}), **self.knobs})
+                oracle = name == "tandem-oracle"
+                policy = policy_from({**ABLATIONS.get(name, {}), **(_ORACLE if oracle else {}), **self.knobs})
                 osl, best_effort = self.workload.max_osl_tokens, name == "tandem-less-refusal"
-                return CoreRouter(workers, lookup, slo, osl, policy, self.seed, best_effort=best_effort)
+                return CoreRouter(
+                    workers, lookup, slo, osl, policy, self.seed, best_effort=best_effort, exact_lengths=oracle
+                )
         raise ConfigError(f"no policy {self.policy!r}; there are {', '.join(POLICIES)}", param="policy")
 
 

@@ -144,6 +144,7 @@ _TERM_MEANING = {
     "kv_share": "share of the decode worker's KV that would be taken",
     "ttft_of_target": "first token, of its target",
     "itl_of_target": "time per token, of its target",
+    "effort_ms": "worker time that the plan adds, ms",
 }
 #: From a term of core.placement.TERMS to the attribute with its values.
 CANDIDATE_TERMS: Mapping[str, str] = {

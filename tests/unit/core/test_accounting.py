@@ -20,7 +20,7 @@ def view() -> WorkerView:
 
 
 def booking(name: str, tokens: int = 1000, *, transfer: float = 0.0) -> Booking:
-    return Booking(RequestKey(name), tokens, tokens**2 / 2, 0.1, 70, True, tokens, transfer)
+    return Booking(RequestKey(name), tokens, tokens**2 / 2, 0.1, 70, True, tokens, transfer, extra_s=0.1)
 
 
 def report(**changes: int) -> WorkerLoad:

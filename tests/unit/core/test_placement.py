@@ -35,7 +35,9 @@ def busy(worker: WorkerView, *, streams: int = 0, kv_each: int = 2000, prefill: 
     if prefill:
         context = prefill * prefill / 2
         seconds = worker.perf.prefill_s(prefill, context, worker.spec.max_batched_tokens)
-        worker.book(Booking(RequestKey(f"{worker.id}-p"), prefill, context, seconds, 10, False, 0), 0.0, 1.0)
+        worker.book(
+            Booking(RequestKey(f"{worker.id}-p"), prefill, context, seconds, 10, False, 0, extra_s=seconds), 0.0, 1.0
+        )
     return worker
 
 
@@ -85,6 +87,10 @@ def test_the_terms_are_those_of_the_design() -> None:
         + math.ceil((pending_d + n_d) / 1024) * per_step
     )
     own_d = g * (m.p1 * n_d + m.p2 * suffix_context(4000, 1600) + math.ceil(n_d / 1024) * per_step)
+    before = m.d0 + 20 * m.d1 + 40000 * m.d2  # a step goes on beside the prompt
+    work_d = g * (m.p1 * n_d + m.p2 * suffix_context(4000, 1600))
+    extra_d = max(work_d, own_d - g * math.ceil(n_d / 1024) * before)
+    seat = g * 200 * (m.d1 + m.d2 * (4000 + 0.5 * 200))
     step = g * (m.d0 + m.d1 * 21 + m.d2 * (40000 + 4000 + 0.5 * 200 * 21))
     tau = min(6.0, max(0.3, 0.6 * 200 * 0.05))
     rho = d.prefill_share_s(0.0, tau)
@@ -96,11 +102,13 @@ def test_the_terms_are_those_of_the_design() -> None:
     assert remote.row[0] == pytest.approx(1e3 * (0.1 + prefill_p + transfer + step))
     assert remote.row[4] == pytest.approx(1e3 * step / (1 - rho / tau))
     assert local.row[0] == pytest.approx(1e3 * (0.1 + prefill_d))
-    assert local.row[4] == pytest.approx(1e3 * step / (1 - min(0.95, (rho + own_d) / tau)))
-    for plan in (remote, local):
+    assert local.row[4] == pytest.approx(1e3 * step / (1 - min(0.95, (rho + extra_d) / tau)))
+    own_p = g * (m.p1 * n_p + m.p2 * suffix_context(4000, 800) + m.p0)
+    for plan, effort in ((remote, own_p + seat), (local, extra_d + seat)):
         r1, r2, kv = plan.row[6], plan.row[7], plan.row[5]
         harm = 200 * max(0, r1 - 0.8) + 200 * max(0, r2 - 0.85) + 50 * max(0, kv - 0.95)
-        assert plan.score == pytest.approx(r1**2 + r2**2 + harm)
+        assert plan.row[8] == pytest.approx(1e3 * effort)
+        assert plan.score == pytest.approx(r1**2 + r2**2 + harm + effort / 1.5)
         assert r1 == pytest.approx(plan.row[0] / 1500)
         assert r2 == pytest.approx(plan.row[4] / 50)
 

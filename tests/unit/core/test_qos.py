@@ -221,5 +221,5 @@ def test_locality_is_kept_under_fairness() -> None:
         held = {"a": "d0", "b": "d1"}[tenant]
         fleet.arrive(request(f"{tenant}{i}", isl=4000, osl=50, at=at, tenant=tenant), {held: 3200})
     fleet.run(until=60.0)
-    home = sum(p.plan.decode_worker == {"a": "d0", "b": "d1"}[p.request.tenant] for _, p in fleet.placed.values())
+    home = sum(p.plan.first_worker == {"a": "d0", "b": "d1"}[p.request.tenant] for _, p in fleet.placed.values())
     assert home >= 0.9 * len(fleet.placed)

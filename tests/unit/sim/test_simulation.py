@@ -36,7 +36,7 @@ def one(isl: int, osl: int) -> Workload:
 
 def test_one_request_alone_takes_what_the_profile_says() -> None:
     job = simulate(setup(one(2500, 3), "round-robin", "1D")).jobs[0]
-    chunks = [(0, 1024), (1024, 1024), (2048, 452)]
+    chunks = [(0, 2048), (2048, 452)]
     prefill = sum(step_s(PROFILE, n, context_sum(done, n), 0, 0) for done, n in chunks)
     decode = sum(step_s(PROFILE, 0, 0, 1, kv) for kv in (2501, 2502))
     assert job.ttft_s == pytest.approx(prefill)
@@ -118,7 +118,7 @@ def test_late_news_changes_what_is_seen_but_loses_nothing() -> None:
     workload = generate("shared-prefix", 1, 300, 20.0)
     rates = []
     for timing in (Timing(), Timing(index_age_s=1e-9), Timing(index_age_s=5.0, report_age_s=0.5)):
-        wanted = setup(workload, "dynamo", "4D", kv_tokens=49152, timing=timing)
+        wanted = setup(workload, "dynamo", "4D", kv_tokens=49152, timing=timing, chunk_tokens=1024)
         rates.append(figures(wanted, simulate(wanted))["hit_rate"])
     assert rates[1] == pytest.approx(rates[0], abs=0.05)
     assert rates[2] < rates[0]
