@@ -11,12 +11,15 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from prometheus_client.core import Metric as Family
 from tokenizers import Tokenizer
 
 from tandem.models.prepare import prepare_smollm2
+from tandem.telemetry import metric_table as table
 from tests.e2e.prompts import natural_prompts
 from tests.harness.client import Client, describe, flush
 from tests.harness.cluster import Cluster, wait_for
+from tests.harness.metrics import differences, scrape, value
 
 MODEL = "SmolLM2-135M-Instruct"
 LEASE_S = 3.0
@@ -166,3 +169,38 @@ def test_an_engine_that_dies_is_brought_back(cluster: Cluster, client: Client, p
     answer = client.generate(prompts[3][:300], 8)
     assert answer.tokens == expected.tokens
     assert [p["pid"] for p in cluster.processes("decode")] != [shell.pid]
+
+
+def test_workers_give_out_vllms_own_metrics_beside_ours(
+    cluster: Cluster, client: Client, prompts: list[list[int]]
+) -> None:
+    def scraped(kind: str) -> dict[str, Family]:
+        [process] = cluster.processes(kind)
+        return scrape(process["metrics"])
+
+    for kind in ("prefill", "decode"):
+        flush(address(cluster, kind))
+    before = {kind: scraped(kind) for kind in ("prefill", "decode")}
+    assert len(client.generate(prompts[5], 12).tokens) == 12
+    wait_for(lambda: idle(cluster), 15, "done")
+    after = {kind: scraped(kind) for kind in ("prefill", "decode")}
+
+    def grown(kind: str, metric: table.Metric) -> float:
+        return value(after[kind], metric) - value(before[kind], metric)
+
+    assert grown("prefill", table.VLLM_PROMPT) == len(prompts[5])
+    assert grown("decode", table.VLLM_GENERATION) == 12
+    assert grown("decode", table.KV_BYTES) > 0
+    for kind, families in after.items():
+        ours = {name: family for name, family in families.items() if not name.startswith("vllm:")}
+        domains = {"model": {MODEL}, "tenant": {"default"}, "class": {"interactive"}, "version": {"0.1.0"}}
+        assert not differences(ours, kind, domains)
+        for metric in table.VLLM:  # what the simulated engine has of them is the same here
+            family = families[metric.name]
+            assert family.type == metric.kind.value
+            for sample in family.samples:
+                assert set(sample.labels) == set(metric.label_names), sample
+                assert (sample.labels["model_name"], sample.labels["engine"]) == (MODEL, "0")
+        for name in ("vllm:time_to_first_token_seconds", "vllm:e2e_request_latency_seconds", "vllm:cache_config_info"):
+            assert families[name].samples, name
+    assert any(name.startswith("vllm:nixl_") for name in after["decode"])
