@@ -105,9 +105,10 @@ def real(args: argparse.Namespace, profile: Path, all_seen: Sequence[Seen]) -> N
         cluster = Cluster(wanted.model_dump(mode="json", exclude_defaults=True), Path(folder))
         with cluster.start(START_S):
             asyncio.run(load(cluster.grpc, model.name, all_seen, warm_up))
+        log = cluster.log()
     wrong = [seen.wrong for seen in (*warm_up, *all_seen) if seen.wrong]
     if wrong:
-        sys.exit(f"{len(wrong)} requests failed: {wrong[0]}")
+        sys.exit(f"{log[-3000:]}\n{len(wrong)} requests failed: {wrong[0]}")
 
 
 def simulated(args: argparse.Namespace, profile: Path, all_seen: Sequence[Seen]) -> tuple[list[Job], float]:

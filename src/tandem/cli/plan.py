@@ -26,7 +26,7 @@ from tandem.sim.workload import Offered, Workload
 from tandem.wire import profile_file
 
 #: So that nobody waits for long.
-_REQUESTS = 3000
+_REQUESTS = 2000
 #: What a model is served from where the user names no folder.
 _FOLDERS = {
     "8b": "Llama-3.1-8B-Instruct",
@@ -77,10 +77,12 @@ def run(args: argparse.Namespace) -> int:
     prices = _prices(args.price, [kinds[0].gpu for kinds, _ in offered])
     workload = _workload(args)
     task = Task(workload, _slo(args), args.seed)
-    levels = planning.levels(offered)
-    print(_intro(args, task, prices, offered), flush=True)
-    found = _searched(levels, task, args)
-    plan = Plan(found, prices, workload.rate, workload.rate * (1.0 + args.headroom))
+    need = workload.rate * (1.0 + args.headroom)
+    print(_intro(args, task, prices), flush=True)
+    found = _searched(planning.levels(offered), task, args)
+    if finer := planning.between(offered, found, prices, need):
+        found += _searched(finer, task, args)
+    plan = Plan(found, prices, workload.rate, need)
     text = [plan_report.to_text(plan), ""]
     chosen = plan.cheapest[0] if plan.cheapest else None
     shown = chosen or max(found, key=lambda each: each.rate)
@@ -175,9 +177,7 @@ def _drawn(args: argparse.Namespace) -> Workload:
     return Workload(f"{isl} in, {osl} out", 64, tuple(requests))
 
 
-def _intro(
-    args: argparse.Namespace, task: Task, prices: Mapping[str, float], offered: Sequence[tuple[Sequence[object], int]]
-) -> str:
+def _intro(args: argparse.Namespace, task: Task, prices: Mapping[str, float]) -> str:
     requests, slo = task.workload.requests, task.slo
     isl = sum(r.isl_tokens for r in requests) / len(requests)
     osl = sum(r.osl_tokens for r in requests) / len(requests)

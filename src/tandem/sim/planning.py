@@ -32,9 +32,9 @@ _STEP = 1.05
 _PRECISION = 0.05
 #: Simulated seconds of load that a run has at what its level might serve: a burst of a few seconds fits into queues and
 #: would flatter the fleet. And the fewest requests, so that quartiles by prompt length mean something.
-_HORIZON_S, _LEAST_REQUESTS = 15.0, 400
-#: Levels per GPU type that are tried where there are several types, and where there is one.
-_LEVELS_OF_MANY, _LEVELS_OF_ONE = 4, 16
+_HORIZON_S, _LEAST_REQUESTS = 12.0, 400
+#: Levels per GPU type that are tried where there are several types, and where there is one; then some in between.
+_LEVELS_OF_MANY, _LEVELS_OF_ONE, _LEVELS_BETWEEN = 4, 8, 4
 _KIND = re.compile(r"(?P<gpu>[a-z0-9]+)-(?P<model>.+?)(?:-tp\d+)?")
 
 
@@ -168,9 +168,34 @@ def sizes(model: str, gpu: str) -> tuple[Size, ...]:
     return tuple(sorted(found, key=lambda size: size.gpus))
 
 
-def levels(offered: Sequence[tuple[tuple[Size, ...], int]]) -> list[Level]:
-    """Of (sizes of one GPU type, how many GPUs of it there are): the smallest first."""
-    at_most = _LEVELS_OF_ONE if len(offered) == 1 else _LEVELS_OF_MANY
+#: (sizes of one GPU type, how many GPUs of it there are), of each type.
+Offer = Sequence[tuple[tuple[Size, ...], int]]
+
+
+def levels(offered: Offer) -> list[Level]:
+    """To begin with, the smallest first."""
+    return _levels(offered, _LEVELS_OF_ONE if len(offered) == 1 else _LEVELS_OF_MANY)
+
+
+def between(offered: Offer, found: Sequence[Found], prices: Mapping[str, float], need: float) -> list[Level]:
+    """Levels cheaper than the cheapest that serves enough, and not known to serve too little: the cheapest might be one
+    of them. The dearest of those, as the likeliest."""
+    enough = [each.level.cost(prices) for each in found if each.rate >= need]
+    if not enough:
+        return []
+    known = {each.level.gpus for each in found}
+    too_small = [dict(each.level.gpus) for each in found if each.rate < need]
+    left = [
+        level
+        for level in _levels(offered, 1 << 16)
+        if level.gpus not in known
+        and level.cost(prices) < min(enough)
+        and not any(all(count <= small.get(gpu, 0) for gpu, count in level.gpus) for small in too_small)
+    ]
+    return sorted(left, key=lambda level: (-level.cost(prices), level.gpus))[:_LEVELS_BETWEEN]
+
+
+def _levels(offered: Offer, at_most: int) -> list[Level]:
     choices = [_counts(kinds, count, at_most, alone=len(offered) == 1) for kinds, count in offered]
     found = []
     for counts in product(*choices):

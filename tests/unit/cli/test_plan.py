@@ -14,7 +14,7 @@ from tandem.cli.main import dispatch
 from tandem.core.profiles import PROFILES
 from tandem.sim.fleet import make_fleet
 from tandem.sim.plan_report import Plan, chart
-from tandem.sim.planning import Candidate, Found, Group, Level, levels, models, sizes
+from tandem.sim.planning import Candidate, Found, Group, Level, between, levels, models, sizes
 from tandem.wire import profile_file
 
 SMALL = ("--requests", "300", "--quiet", "--isl", "1500", "--osl", "60", "--model", "8b", "--jobs", "1")
@@ -78,7 +78,17 @@ def test_all_ways_to_use_the_gpus_are_there() -> None:
     mixed = levels([(kinds, 8), (sizes("70b", "a100"), 8)])
     assert len(mixed) == 8 and str(mixed[-1]) == "8 H100 + 8 A100"
     many = levels([(sizes("8b", "h100"), 64)])
-    assert len(many) == 16 and many[-1].total == 64, "thinned out"
+    assert len(many) == 8 and many[-1].total == 64, "thinned out"
+
+
+def test_levels_in_between_are_looked_at_where_the_cheapest_may_be() -> None:
+    offered = [(sizes("8b", "h100"), 64)]
+    [size] = sizes("8b", "h100")
+    fleet = Candidate((Group(size, 0, 1),))
+    found = [Found(level, fleet, 1.0 * level.total, None, 0.0, 1) for level in levels(offered)]
+    finer = between(offered, found, {"h100": 1.0}, 20.5)
+    assert [level.total for level in finer] == [23, 22, 21, 20]
+    assert between(offered, found, {"h100": 1.0}, 1000.0) == []
 
 
 def test_the_frontier_leaves_out_what_is_dearer_and_serves_no_more() -> None:
