@@ -4,7 +4,7 @@ import { $, ago, get, h, replace, shortId, time, whole } from "./dom.js";
 import { drawn } from "./waterfall.js";
 
 const query = { q: "", tenant: "", only: "" };
-let chosen = "", timer = null, built = false, asked = 0;
+let chosen = "", timer = null, built = false, asked = 0, showing = 0;
 
 export function start() { setInterval(() => { if (!$("view-traces").hidden && !document.hidden && !$("trace-hold")?.checked) list(); }, 2000); }
 export function shown(wanted) {
@@ -49,12 +49,13 @@ async function list() {
 }
 
 async function show(wanted) {
-  const host = $("trace-one");
+  const host = $("trace-one"), turn = ++showing;
   host.hidden = false;
   replace(host, h("p.dim", {}, "…"));
-  for (let attempt = 0; attempt < 6; attempt++) {
+  for (let attempt = 0; attempt < 30 && turn === showing; attempt++) {
     try {
       const trace = await get(`/api/traces/${encodeURIComponent(wanted)}`);
+      if (turn !== showing) return;
       chosen = trace.trace_id;
       for (const row of $("trace-list").querySelectorAll("tr.pick")) row.setAttribute("aria-selected", String(row.querySelector("[data-trace]")?.dataset.trace === chosen));
       replace(host, drawn(trace));

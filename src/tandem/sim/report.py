@@ -11,11 +11,15 @@ from typing import Any
 from tandem.sim.metrics import GapHistogram, Job, Slo, Span, attainment, spread
 from tandem.sim.simulation import Outcome
 from tandem.sim.study import Setup
+from tandem.spacetime import model as spacetime
+from tandem.spacetime.model import KINDS, TRANSFER
 
 Figures = dict[str, Any]
 
 _PAGE = "spacetime.html"
 _MARK = "/*DATA*/null"
+#: What the page holds of the module that the console draws with, too.
+_ASSETS = {"/*MAP.CSS*/": "map.css", "/*MAP.JS*/": "map.js"}
 #: Spans of the map that are drawn apart, per worker.
 _RESOLUTION = 3000
 _DOTS = 3000
@@ -176,19 +180,25 @@ def to_text(found: Mapping[str, Any]) -> str:
 
 
 def to_html(found: Mapping[str, Any], outcome: Outcome, slo: Slo) -> str:
-    """One file that needs no other."""
+    """One file that needs no other. Rows and spans are those of tandem.spacetime.model, in milliseconds."""
     least = outcome.end_s / _RESOLUTION
     every = max(1, len(outcome.jobs) // _DOTS)
+    arriving: dict[str, list[float]] = {}
+    for transfer in sorted(outcome.transfers, key=lambda transfer: transfer.end_s):
+        spans = arriving.setdefault(transfer.target, [])
+        spans += [TRANSFER, round(1e3 * transfer.begin_s, 1), round(1e3 * transfer.end_s, 1), 0.0]
     data = {
         "figures": found,
-        "end": round(outcome.end_s, 3),
+        "end": round(1e3 * outcome.end_s, 1),
+        "resolution": round(1e3 * least, 1),
         "rows": [
-            {"id": worker.id, "role": worker.setup.role.value, "spans": _coarse(worker.activity.spans, least)}
-            for worker in outcome.workers
-        ],
-        "transfers": [
-            [transfer.target, round(transfer.begin_s, 3), round(transfer.end_s, 3)]
-            for transfer in outcome.transfers[:: max(1, len(outcome.transfers) // _DOTS)]
+            {
+                "row": index,
+                "id": worker.id,
+                "role": worker.setup.role.value,
+                "spans": _coarse(worker.activity.spans, least) + arriving.get(worker.id, []),
+            }
+            for index, worker in enumerate(outcome.workers)
         ],
         "ttft": [
             [round(job.offered.arrival_s, 3), round(job.ttft_s, 4), int(job.in_time(slo))]
@@ -197,26 +207,33 @@ def to_html(found: Mapping[str, Any], outcome: Outcome, slo: Slo) -> str:
         ],
     }
     page = resources.files("tandem.sim").joinpath(_PAGE).read_text(encoding="utf-8")
+    for mark, name in _ASSETS.items():
+        page = page.replace(mark, spacetime.asset(name))
     return page.replace(_MARK, json.dumps(data, sort_keys=True, separators=(",", ":")).replace("</", "<\\/"))
 
 
-def _coarse(spans: Sequence[Span], least: float) -> list[list[float | str]]:
-    """[kind, begin, end, mean decoding sequences]: spans shorter than ``least`` joined with their neighbours."""
-    drawn: list[list[float | str]] = []
+def _coarse(spans: Sequence[Span], least: float) -> list[float]:
+    """Flat: kind, begin, end, mean decoding sequences, kind, ... Spans shorter than ``least`` are joined with their
+    neighbours to one of each kind, of the same length in all: the shares of time stay what they were."""
+    drawn: list[float] = []
     group: list[Span] = []
     for span in spans:
         if group and (span.begin_s - group[-1].end_s > least or span.end_s - group[0].begin_s > least):
-            drawn.append(_joined(group))
+            drawn += _joined(group)
             group = []
         group.append(span)
     if group:
-        drawn.append(_joined(group))
+        drawn += _joined(group)
     return drawn
 
 
-def _joined(group: Sequence[Span]) -> list[float | str]:
-    kinds = {span.kind for span in group}
-    kind = kinds.pop() if len(kinds) == 1 else "mixed"
-    begin, end = group[0].begin_s, group[-1].end_s
-    level = sum(span.sequence_s for span in group) / max(end - begin, 1e-9)
-    return [kind, round(begin, 3), round(end, 3), round(level, 1)]
+def _joined(group: Sequence[Span]) -> list[float]:
+    flat: list[float] = []
+    at = group[0].begin_s
+    for kind in dict.fromkeys(span.kind for span in group):
+        alike = [span for span in group if span.kind == kind]
+        took = sum(span.end_s - span.begin_s for span in alike)
+        level = sum(span.sequence_s for span in alike) / max(took, 1e-9)
+        flat += [KINDS.index(kind), round(1e3 * at, 1), round(1e3 * (at + took), 1), round(level, 1)]
+        at += took
+    return flat

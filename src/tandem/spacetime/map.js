@@ -511,9 +511,9 @@ export class SpaceTimeMap {
       if (this.rowCss >= 5 || i % every === 0) shape(g, row.role, 9, middle, Math.min(4.5, this.rowCss * .45), this.css[row.role === "prefill" ? PREFILL : DECODE]);
       if (i % every !== 0) continue;
       g.fillStyle = row.goneAt || row.load?.[1] >= DRAINING ? this.dim : this.fg;
-      const two = this.rowCss >= 34, small = this.gutter < 100;
+      const two = this.rowCss >= 34 && row.load, small = this.gutter < 100;
       g.fillText(fitted(g, row.id, this.gutter - 26), 20, two ? middle - 8 : middle);
-      if (two && row.load) { g.fillStyle = this.dim; g.fillText(fitted(g, loadWords(row, small), this.gutter - 26), 20, middle + 8); }
+      if (two) { g.fillStyle = this.dim; g.fillText(fitted(g, loadWords(row, small), this.gutter - 26), 20, middle + 8); }
       if (this.rowCss >= 12 && row.load && row.load[5] > 0) {
         g.fillStyle = this.line; g.fillRect(this.gutter - 7, top + 2, 4, this.rowCss - 5);
         const kv = (this.rowCss - 5) * row.load[5];
