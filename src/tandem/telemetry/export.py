@@ -13,21 +13,21 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tandem.telemetry import spans
 from tandem.telemetry.tracing import SpanRecord
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 log = logging.getLogger(__name__)
 
 GRPC, HTTP = "grpc", "http/protobuf"
 PROTOCOLS = (GRPC, HTTP)
-#: Records that wait for the SDK, and how long what is left at the end may take.
-_WAITING, _CLOSE_S = 2048, 2.0
+#: Records that wait for the SDK.
+_WAITING = 2048
 #: Seconds between two complaints about a collector that does not answer.
 _COMPLAINT_S = 60.0
 
@@ -52,18 +52,30 @@ class OtlpSink:
         *,
         monotonic: Callable[[], float],
         unix_ns: Callable[[], int],
+        close_s: float = 2.0,
     ) -> None:
+        """``close_s``: how long what is left at the end may take."""
         self._destinations = destinations
         self._resource_attributes = dict(resource)
         self._monotonic = monotonic
         self._unix_ns = unix_ns
+        self._close_s = close_s
         self._resource: Any = None
         self._translate: Callable[[int, SpanRecord, int], ReadableSpan]
         self._processors: list[BatchSpanProcessor] = []
-        self._exporters: list[SpanExporter] = []
+        self._exporters: list[_Counted] = []
+        #: Spans to be sent, once for each destination.
+        self.offered = 0
         self._waiting: deque[tuple[int, Sequence[SpanRecord], int]] = deque(maxlen=_WAITING)
+        #: Spans of libraries, likewise.
+        self._waiting_spans: deque[ReadableSpan] = deque(maxlen=_WAITING)
         self._up: asyncio.Event | None = None
         self._started = False
+
+    @property
+    def delivered(self) -> int:
+        """Of ``offered``, those that a collector has taken: what is neither here nor on its way is lost."""
+        return sum(exporter.delivered for exporter in self._exporters)
 
     def take(self, trace_id: int, records: Sequence[SpanRecord]) -> None:
         offset_ns = self._unix_ns() - int(self._monotonic() * 1e9)
@@ -79,11 +91,11 @@ class OtlpSink:
             self._up = _in_thread("otel-start", self._start, then=self._flush_waiting)
 
     async def close(self) -> None:
-        """Sends what is left; gives up after two seconds."""
+        """Sends what is left, if that does not take too long."""
         if self._up is None:
             return
         try:
-            async with asyncio.timeout(_CLOSE_S):
+            async with asyncio.timeout(self._close_s):
                 await self._up.wait()
                 self._flush_waiting()
                 await _in_thread("otel-finish", self._finish).wait()
@@ -103,8 +115,10 @@ class OtlpSink:
 
         class Forward(SpanProcessor):
             def on_end(self, span: ReadableSpan) -> None:
-                for processor in sink._processors:
-                    processor.on_end(span)
+                if sink._started:
+                    sink._export(span)
+                else:
+                    sink._waiting_spans.append(span)
 
         self.start()
         provider = TracerProvider(ParentBased(ALWAYS_OFF), self._made_resource(), shutdown_on_exit=False)
@@ -119,14 +133,18 @@ class OtlpSink:
 
         self._translate = _translation(self._made_resource())
         for destination in self._destinations:
-            exporter = _exporter(destination)
+            exporter = _Counted(_exporter(destination))
             self._exporters.append(exporter)
-            self._processors.append(BatchSpanProcessor(exporter, schedule_delay_millis=destination.delay_ms))
+            self._processors.append(
+                BatchSpanProcessor(cast("SpanExporter", exporter), schedule_delay_millis=destination.delay_ms)
+            )
 
     def _flush_waiting(self) -> None:
         self._started = True
         while self._waiting:
             self._put(*self._waiting.popleft())
+        while self._waiting_spans:
+            self._export(self._waiting_spans.popleft())
 
     def _finish(self) -> None:
         for processor in self._processors:
@@ -141,9 +159,12 @@ class OtlpSink:
 
     def _put(self, trace_id: int, records: Sequence[SpanRecord], offset_ns: int) -> None:
         for record in records:
-            span = self._translate(trace_id, record, offset_ns)
-            for processor in self._processors:
-                processor.on_end(span)
+            self._export(self._translate(trace_id, record, offset_ns))
+
+    def _export(self, span: ReadableSpan) -> None:
+        self.offered += len(self._processors)
+        for processor in self._processors:
+            processor.on_end(span)
 
 
 def _in_thread(name: str, work: Callable[[], None], *, then: Callable[[], None] = lambda: None) -> asyncio.Event:
@@ -179,6 +200,26 @@ def _exporter(destination: Destination) -> SpanExporter:
 
     _complain_rarely(grpc_exporter.__name__)
     return grpc.OTLPSpanExporter(endpoint=endpoint)
+
+
+class _Counted:
+    """An exporter, and how many spans it has got rid of."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self.delivered = 0
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        result = self._exporter.export(spans)
+        if result.name == "SUCCESS":
+            self.delivered += len(spans)
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+
+    def force_flush(self, timeout_millis: int = 30_000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
 
 
 def _complain_rarely(logger: str) -> None:
