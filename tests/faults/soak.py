@@ -210,6 +210,10 @@ def _line(sample: Sample, counts: Counts) -> str:
     )
 
 
+#: A pool of connections to Redis keeps what its busiest moment needed, up to a bound; Redis sees all of them.
+_POOLS = {"redis": 16, "router-1": 8, "router-2": 8}
+
+
 @dataclass(frozen=True)
 class Verdict:
     what: str
@@ -228,7 +232,7 @@ def verdicts(samples: Sequence[Sample]) -> list[Verdict]:
     found = [
         # An allocator keeps what the busiest moment needed; growth with time is more than that.
         *(Verdict(f"memory of {n}, MB", m, end.memory.get(n, 0.0), max(8.0, 0.1 * m)) for n, m in begin.memory.items()),
-        *(Verdict(f"files of {n}", f, end.files.get(n, 0), 2) for n, f in begin.files.items()),
+        *(Verdict(f"files of {n}", f, end.files.get(n, 0), _POOLS.get(n, 2)) for n, f in begin.files.items()),
         *(Verdict(f"threads of {n}", t, end.threads.get(n, 0), 4) for n, t in begin.threads.items()),
         Verdict("Redis memory, MB", begin.redis_memory, end.redis_memory, 1.0),
     ]
@@ -273,7 +277,8 @@ def page(samples: Sequence[Sample], counts: Counts, command: str) -> str:
             f"The processes together took {sum(busy) / max(1e-9, 60 * samples[-1].minute):.2f} cores.",
             "",
             "Begin and end are measured alike: after a minute without requests, prefix caches emptied. The first "
-            "minutes of load, which fill caches once, come before the beginning.",
+            "minutes of load, which fill caches once, come before the beginning. A router's pool of connections to "
+            "Redis keeps what its busiest moment needed, up to a bound.",
             "",
             "![Chart](soak.svg)",
             "",
