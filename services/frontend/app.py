@@ -36,7 +36,7 @@ from tandem.adapters.bus import Bus
 from tandem.adapters.deployment import Deployment
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
-from tandem.adapters.process_metrics import instruments_of, label_domains, metrics_endpoint
+from tandem.adapters.process_metrics import instruments_of, label_domains, metrics_endpoint, watch_tracing
 from tandem.adapters.traces import open_tracing
 from tandem.errors import ConfigError, Leaving
 from tandem.v1 import inference_pb2, inference_pb2_grpc
@@ -80,6 +80,7 @@ class Frontend:
         self.generations = Generations(self.cluster, idle_s=settings.idle_s, traces=traces)
         self.instruments = instruments_of("frontend", wanted, bus)
         self._metrics = FrontendMetrics(self.instruments, wanted, clock.monotonic)
+        watch_tracing(self.instruments, self.tracing)
         self._metrics.watch(self.generations.open_by_model, self.cluster.has_leader)
         self.generations.on_end = self._metrics.ended
         self._intake = Intake(wanted, [served_model.load(model) for model in wanted.models])

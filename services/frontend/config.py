@@ -14,6 +14,7 @@ _USUAL = Patience()
 class FrontendSettings(CommonSettings):
     http_host: str = option("", doc="Interface of the HTTP server; the deployment file's when empty.")
     http_port: int = option(-1, doc="Port of the HTTP server; 0 = any free one, -1 = the deployment file's.")
+    http_shared: bool = option(False, doc="Other frontends listen on the same HTTP port (SO_REUSEPORT).")
     grpc_host: str = option("", doc="Interface of the gRPC server; the deployment file's when empty.")
     grpc_port: int = option(-1, doc="Port of the gRPC server; 0 = any free one, -1 = the deployment file's.")
     drain_timeout_s: float = option(600.0, doc="Longest wait for open answers after SIGTERM.")

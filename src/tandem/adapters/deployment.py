@@ -184,7 +184,13 @@ class Deployment(_Part):
     )
     http: Endpoint = Field(Endpoint(port=8000), description="the frontend's OpenAI API")
     grpc: Endpoint = Field(Endpoint(port=9000), description="the frontend's gRPC API")
-    frontends: int = Field(1, ge=1, le=64, description="frontend processes; each next one takes the next ports")
+    frontends: int = Field(1, ge=1, le=64, description="frontends; each next one takes the next ports")
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="processes of each frontend: they share its HTTP port, and each takes a gRPC port of its own",
+    )
     routers: int = Field(1, ge=1, le=8, description="router processes: one leads, the others stand by")
     models: Annotated[tuple[Model, ...], Field(min_length=1)] = Field(description="what is served")
     classes: tuple[Class, ...] = Field((Class(name="interactive"),), description="the first is the default")
@@ -198,14 +204,17 @@ class Deployment(_Part):
     @model_validator(mode="after")
     def _check_ports(self) -> Deployment:
         http, grpc = self.http, self.grpc
+        first, second = sorted((http, grpc), key=lambda endpoint: endpoint.port)
+        taken = self.frontends * (1 if first is http else self.processes)
         if (
             http.port
-            and abs(http.port - grpc.port) < self.frontends
+            and second.port - first.port < taken
             and (http.host == grpc.host or "0.0.0.0" in (http.host, grpc.host))
         ):
             port = max(http.port, grpc.port)
             raise ValueError(
                 f"`http` and `grpc` both want port {port}: each of {self.frontends} frontends takes one of each"
+                + (f", and a gRPC port for each of its {self.processes} processes" if self.processes > 1 else "")
             )
         return self
 

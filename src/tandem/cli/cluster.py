@@ -48,6 +48,8 @@ class Service:
     grpc_port: int
     http_host: str = ""
     http_port: int = 0
+    #: Other processes listen on the same port: who answers there says nothing about this one.
+    http_shared: bool = False
     #: Empty for routers and frontends.
     model: str = ""
     engine: str = ""
@@ -100,7 +102,7 @@ class Surroundings:
 def services_of(deployment: Deployment, around: Surroundings) -> list[Service]:
     """Routers, workers, frontends, console: in the order in which they are listed, not started."""
     routers = [_router(n, deployment, around) for n in range(deployment.routers)]
-    frontends = [_frontend(n, deployment, around) for n in range(deployment.frontends)]
+    frontends = [_frontend(n, deployment, around) for n in range(deployment.frontends * deployment.processes)]
     services = [
         *routers,
         *(
@@ -154,15 +156,20 @@ def _slug(name: str) -> str:
 
 
 def _frontend(n: int, deployment: Deployment, around: Surroundings) -> Service:
-    name = _numbered("frontend", n, deployment.frontends)
+    """The ``n``-th process of all frontends."""
+    name = _numbered("frontend", n, deployment.frontends * deployment.processes)
     http, grpc = deployment.http, deployment.grpc
+    http_port = http.port + n // deployment.processes
     own = {
         "TANDEM_HTTP_HOST": http.host,
-        "TANDEM_HTTP_PORT": str(http.port + n),
+        "TANDEM_HTTP_PORT": str(http_port),
         "TANDEM_INTERRUPT_TIMEOUT_S": str(DRAIN_S),
     }
+    if deployment.processes > 1:
+        own["TANDEM_HTTP_SHARED"] = "1"
     env = around.env(name, grpc.host, grpc.port + n, **own)
-    return Service(name, Kind.FRONTEND, env, grpc.host, grpc.port + n, http.host, http.port + n)
+    shared = deployment.processes > 1
+    return Service(name, Kind.FRONTEND, env, grpc.host, grpc.port + n, http.host, http_port, http_shared=shared)
 
 
 def _console(

@@ -26,6 +26,7 @@ class Overrides:
     grpc_port: int | None = None
     console_port: int | None = None  # 0 = no console
     cluster: str | None = None
+    processes: int | None = None
 
 
 def default() -> Deployment:
@@ -50,6 +51,8 @@ def overridden(base: Deployment, by: Overrides) -> Deployment:
         update["console"] = base.console.model_copy(update={"enabled": by.console_port > 0, "port": by.console_port})
     if by.cluster is not None:
         update["cluster"] = by.cluster
+    if by.processes is not None:
+        update["processes"] = by.processes
     models = base.models
     for role, replicas in ((PoolRole.PREFILL, by.prefill), (PoolRole.DECODE, by.decode)):
         if replicas is not None:

@@ -137,7 +137,7 @@ class LocalCluster:
             supervisor_pid=os.getpid(),
             ready=self._ready,
             models=tuple(model.name for model in self._deployment.models),
-            http=tuple(f"http://{reachable(s.http_host)}:{s.http_port}" for s in frontends),
+            http=tuple(dict.fromkeys(f"http://{reachable(s.http_host)}:{s.http_port}" for s in frontends)),
             grpc=tuple(f"{reachable(s.grpc_host)}:{s.grpc_port}" for s in frontends),
             routers=tuple(s.grpc for s in self.services.values() if s.kind is Kind.ROUTER),
             console=f"http://{reachable(consoles[0].http_host)}:{consoles[0].http_port}" if consoles else "",
@@ -201,6 +201,6 @@ class LocalCluster:
 
 
 def _probe(service: Service) -> Probe:
-    if service.kind in (Kind.FRONTEND, Kind.CONSOLE):
+    if service.kind in (Kind.FRONTEND, Kind.CONSOLE) and not service.http_shared:
         return http_ok(reachable(service.http_host), service.http_port, "/readyz")
     return grpc_serving(reachable(service.grpc_host), service.grpc_port)

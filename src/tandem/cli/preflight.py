@@ -20,13 +20,13 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def check_ports(deployment: Deployment) -> None:
     """ConfigError names the first port that is taken, and the setting that moves it."""
-    for n in range(deployment.frontends):
-        for kind, endpoint, setting in (
-            ("HTTP", deployment.http, "http"),
-            ("gRPC", deployment.grpc, "grpc"),
-        ):
-            if endpoint.port == 0:
-                raise ConfigError(f"{setting}.port must be a port number, not 0", param=f"{setting}.port")
+    for kind, endpoint, setting, count in (
+        ("HTTP", deployment.http, "http", deployment.frontends),
+        ("gRPC", deployment.grpc, "grpc", deployment.frontends * deployment.processes),
+    ):
+        if endpoint.port == 0:
+            raise ConfigError(f"{setting}.port must be a port number, not 0", param=f"{setting}.port")
+        for n in range(count):
             _check_port(kind, endpoint.host, endpoint.port + n, setting)
     if deployment.console.enabled and deployment.console.port:
         _check_port("console", deployment.console.host, deployment.console.port, "console")

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--http-port", type=_bounded(1, 65535), metavar="PORT", help="of the OpenAI API (default: 8000)")
     add("--grpc-port", type=_bounded(1, 65535), metavar="PORT", help="of the gRPC API (default: 9000)")
     add("--console-port", type=_bounded(0, 65535), metavar="PORT", help="of the console; 0 = none (default: any free)")
+    add("--processes", type=_bounded(1, 64), metavar="N", help="processes of the frontend, behind its one HTTP port")
     add("--cluster", metavar="NAME", help="name of the cluster (default: default)")
     add("--print-deployment", action="store_true", help="print what would be started, as a deployment file, and leave")
 
