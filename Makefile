@@ -76,6 +76,9 @@ docs: setup-dev  ## generate the reference pages in docs/ and the dashboards in 
 bench-sim: setup-dev  ## simulated goodput of ours against static fleets; QUICK=1, TRACES="FILE ..."
 	@$(PY) bench/bench_sim.py $(if $(QUICK),--quick) $(addprefix --trace ,$(TRACES)) $(ARGS)
 
+bench-tracing: setup-dev  ## CPU per request with tracing off, at 1 % and at 100 %
+	@$(PY) -m bench.bench_tracing $(ARGS)
+
 bench-serve: setup-dev  ## cost of serving, beside a peer whose KIT=FOLDER is given; QUICK=1
 	@$(PY) -m bench.serve $(if $(KIT),--kit $(KIT)) $(if $(QUICK),--quick) $(ARGS)
 

@@ -27,7 +27,7 @@ def test_commands_and_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     commands = set(re.findall(r"\btandem (up|[a-z]+)\b(?=`| )", README)) & set(main.COMMANDS)
     assert {"up", "chat", "status"} <= commands
-    for target in set(re.findall(r"\bmake ([a-z]+)\b", README)):
+    for target in set(re.findall(r"\bmake ([a-z-]+)\b", README)):
         assert re.search(rf"^([a-z -]* )?{target}[ :]", makefile, re.MULTILINE), target
     for script in re.findall(r"\.venv/bin/python ([\w/]+\.py)", README):
         assert (ROOT / script).exists()
