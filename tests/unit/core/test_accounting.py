@@ -146,3 +146,20 @@ def test_prefill_beside_decodes_fades() -> None:
     worker.book(booking("r"), 0.0, 2.0)
     assert worker.prefill_share_s(0.0, 2.0) == 0.1
     assert 0.036 < worker.prefill_share_s(2.0, 2.0) < 0.037
+
+
+def test_blocks_that_requests_share_need_no_room() -> None:
+    """Ten prompts of 62 full blocks; the worker reports 150 in use where 620 would be without a common prefix."""
+    worker = view()
+    for i in range(10):
+        worker.book(booking(f"r{i}"), 0.0, 1.0)
+        worker.prefill_done(RequestKey(f"r{i}"), 0.1)
+    assert worker.blocks_in_use == 700
+    worker.report(report(running_requests=10, kv_blocks_used=150), 0.2)
+    assert worker.blocks_in_use == 700, "the report may be older than the requests"
+    for now in (1.0, 1.7, 2.4):
+        worker.report(report(running_requests=10, kv_blocks_used=150), now)
+    assert worker.blocks_in_use == 700 - int((1 - 150 / 620) * 620)
+    for i in range(10):
+        worker.release(RequestKey(f"r{i}"), 2.5)
+    assert worker.blocks_in_use == 0

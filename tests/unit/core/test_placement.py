@@ -270,3 +270,19 @@ def test_the_order_of_the_cache_report_does_not_matter(order: list[str]) -> None
         decision.candidates[0].plan
         == decided(inquiry(4000, depths), [view("d0"), view("d1")], [view("p0", Role.PREFILL)]).candidates[0].plan
     )
+
+
+def test_a_worker_without_streams_lends_itself_to_one_that_has_some() -> None:
+    """Streams gather: the prompt is computed where it disturbs nobody, and decodes beside the others."""
+    gathering, free = busy(view("d0"), streams=60), view("d1")
+    chosen = best(inquiry(8000), [gathering, free], [gathering, free])
+    assert (chosen.decode.id, chosen.prefill and chosen.prefill.id) == ("d0", "d1")
+    short = best(inquiry(100), [gathering, free], [gathering, free])
+    assert (short.decode.id, short.prefill) == ("d0", None), "a short prompt costs least in steps that are made anyway"
+
+
+def test_what_a_prompt_does_to_the_streams_of_its_prefill_worker_counts() -> None:
+    crowded, target = busy(view("d1"), streams=60), busy(view("d0"), streams=5)
+    plans = decided(inquiry(16000), [target], [crowded, view("p0", Role.PREFILL)]).candidates
+    remote = next(plan for plan in plans if plan.prefill is not None)
+    assert remote.prefill is not None and remote.prefill.id == "p0"

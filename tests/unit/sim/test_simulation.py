@@ -114,6 +114,17 @@ def test_hit_rates_of_the_shared_prefix_workload_are_as_published(policy: str, l
     assert low <= hit_rate <= high
 
 
+def test_roles_emerge_where_workers_have_none() -> None:
+    """Little to decode: streams gather on few of eight workers that could all do both, the others compute prompts."""
+    wanted = setup(generate("bursty-code", 5, 300, 6.0), "tandem", "8D")
+    outcome = simulate(wanted)
+    decoded = sorted((worker.activity.decode_tokens for worker in outcome.workers), reverse=True)
+    assert sum(decoded[:2]) > 0.6 * sum(decoded)
+    assert sum(job.handoff_s is not None for job in outcome.jobs) > 0.5 * len(outcome.jobs)
+    alone = simulate(replace(wanted, policy="tandem-less-lending"))
+    assert all(job.handoff_s is None for job in alone.jobs), "no prefill worker, and none lends itself"
+
+
 def test_late_news_changes_what_is_seen_but_loses_nothing() -> None:
     workload = generate("shared-prefix", 1, 300, 20.0)
     rates = []
@@ -246,5 +257,6 @@ def test_without_deadlines_the_queue_goes_by_arrival() -> None:
 
 @pytest.mark.parametrize("start", [0.5, 7.0, 60.0])
 def test_the_search_finds_the_edge_to_its_precision(start: float) -> None:
-    found = tw_goodput(setup(one(10, 2)), start, tried=lambda _, rate: rate <= 7.3)
+    many = Workload("many", 64, tuple(Offered(float(i), 10, 2) for i in range(200)))
+    found = tw_goodput(setup(many), start, tried=lambda _, rate: rate <= 7.3)
     assert 7.3 / 1.03 <= found <= 7.3
