@@ -323,7 +323,8 @@ def test_the_simulators_page_draws_the_same_map(browser: Browser, tmp_path: Path
     page.goto(file.as_uri())
     settled(page, "spaceTimeMap.ordered.map(r => r.id)", lambda ids: ids == ["p0", "p1", "d0", "d1"], "rows")
     kinds = """() => { const seen = new Set(); for (const row of spaceTimeMap.ordered)
-        for (const s of [row.engine, row.transfers]) for (let i = 0; i < s.n; i++) seen.add(s.kind[i]); return [...seen]; }"""
+        for (const s of [row.engine, row.transfers]) for (let i = 0; i < s.n; i++) seen.add(s.kind[i]);
+        return [...seen]; }"""
     assert {0, 2, 3} <= set(page.evaluate(kinds))
     box = page.locator("#map").bounding_box()
     assert box is not None
