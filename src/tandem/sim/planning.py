@@ -320,17 +320,26 @@ def search(level: Level, task: Task) -> Found:
         rate = _race(races, whole, best[False], guess)
         if rate > best[False] or aggregated is None:
             aggregated, best[False] = whole, rate
-        found, rate = _climb(races, composition, work, best[True], max(best[False], 0.3 * guess))
+        found, rate = _climb(races, composition, work, best[True], best[False] or 0.5 * guess)
         if rate > best[True] or split is None:
             split, best[True] = found or split, max(rate, best[True])
     return Found(level, aggregated, best[False], split, best[True], races.runs)
 
 
 def _race(races: _Search, candidate: Candidate, best: float, start: float) -> float:
-    """Its goodput; 0 if it does not beat the best so far."""
-    if best and not races.holds(candidate, best * _STEP):
+    """Its goodput; 0 if it does not beat the best so far. Who beats it seldom does by much: small steps first."""
+    if not best:
+        return races.goodput(candidate, start)
+    low, factor = best, _STEP
+    while races.holds(candidate, low * factor):
+        low, factor = low * factor, min(factor * factor, 1.5)
+    if low == best:
         return 0.0
-    return races.goodput(candidate, best * _STEP or start)
+    high = low * factor
+    while high / low > 1.01 * _STEP:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if races.holds(candidate, middle) else (low, middle)
+    return low
 
 
 def _climb(
