@@ -269,6 +269,7 @@ METRIC_PARTS: list[tuple[str, tuple[str, ...]]] = [
     ("Router", metric_table.ROUTER),
     ("Prefill and decode workers", metric_table.WORKERS),
     ("Every process", metric_table.ALL),
+    ("Every process that is traced", metric_table.TRACED),
 ]
 
 

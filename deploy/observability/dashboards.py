@@ -202,6 +202,15 @@ OVERVIEW = Dashboard(
                         (rate("tandem_bus_malformed_messages_total", "", "instance"), "{{instance}} malformed/s"),
                     ),
                 ),
+                Panel(
+                    "Spans",
+                    (
+                        (rate("tandem_trace_spans_total"), "made"),
+                        (rate("tandem_trace_spans_delivered_total"), "delivered"),
+                    ),
+                    "ops",
+                    about="Of traces. What is made and not delivered is lost.",
+                ),
             ),
         ),
     ),

@@ -84,6 +84,7 @@ class Frontend:
         self._metrics.watch(self.generations.open_by_model, self.cluster.has_leader)
         self.generations.on_end = self._metrics.ended
         self._intake = Intake(wanted, [served_model.load(model) for model in wanted.models])
+        self._metrics.watch_tokenizers({name: m.tokenizer.fell_back for name, m in self._intake.models.items()})
         openai = OpenAIRoutes(self._intake)
         tokens = TokenizeRoutes(self._intake)
         embedder = Embedder(self._intake, self.cluster, traces)

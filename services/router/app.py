@@ -21,7 +21,7 @@ from tandem.adapters.addresses import own_address
 from tandem.adapters.deployment import Deployment, Model, read
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
-from tandem.adapters.process_metrics import instruments_of, label_domains, metrics_endpoint
+from tandem.adapters.process_metrics import instruments_of, label_domains, metrics_endpoint, watch_tracing
 from tandem.adapters.redis_store import RedisCounters, RedisLeases, RedisPrefixIndex, RedisRegistry, connect
 from tandem.adapters.traces import open_tracing
 from tandem.core.policy import RequestClass, Tenant, policy_from
@@ -45,6 +45,7 @@ async def run(settings: RouterSettings) -> None:
         cluster = deployment.cluster
         instruments = instruments_of("router", deployment, bus)
         tracing = open_tracing(settings, "router", cluster=cluster, instance=router)
+        watch_tracing(instruments, tracing)
         stack.push_async_callback(tracing.close)
         ports = Ports(
             bus,

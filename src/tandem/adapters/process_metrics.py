@@ -14,7 +14,9 @@ from tandem.adapters.deployment import Deployment
 from tandem.adapters.settings import CommonSettings
 from tandem.telemetry import exposition
 from tandem.telemetry import metric_table as table
+from tandem.telemetry.export import OtlpSink
 from tandem.telemetry.instruments import Instruments
+from tandem.telemetry.tracing import Tracing
 
 DISTRIBUTION = "tandem-serve"
 
@@ -41,6 +43,14 @@ def instruments_of(service: str, deployment: Deployment, bus: Bus) -> Instrument
     instruments.watch_one(table.BUS_REFUSED, lambda: stats.refused_publishes)
     instruments.watch_one(table.BUS_ERRORS, lambda: stats.server_errors)
     return instruments
+
+
+def watch_tracing(instruments: Instruments, tracing: Tracing) -> None:
+    """How many spans there were, and how many a collector has. Nothing where nothing is traced."""
+    sink = tracing.sink
+    if isinstance(sink, OtlpSink):
+        instruments.watch_one(table.SPANS, lambda: sink.offered)
+        instruments.watch_one(table.SPANS_DELIVERED, lambda: sink.delivered)
 
 
 def metrics_endpoint(

@@ -101,6 +101,9 @@ ROUTER = ("router",)
 WORKERS = ("prefill", "decode")
 ALL = SERVICE.values
 
+#: Those that make spans.
+TRACED = ("frontend", "router", "prefill", "decode")
+
 _GEN_AI = (OPERATION, PROVIDER, REQUEST_MODEL, TENANT, CLASS)
 _SCOPE = (MODEL, TENANT, CLASS)
 _PLACE = (MODEL, ROLE)
@@ -188,6 +191,13 @@ LEADER_KNOWN = _gauge(
     "tandem_frontend_leader_known", FRONTEND, "1: this frontend hears a router that leads the model; 0: it does not.",
     MODEL,
 )  # fmt: skip
+TOKENIZER_FELL_BACK = _gauge(
+    "tandem_frontend_tokenizer_fell_back",
+    FRONTEND,
+    "1: the fast tokeniser is not the same as Hugging Face's for this model, which therefore tokenises; 0: it is, "
+    "or was not asked for.",
+    MODEL,
+)
 
 # -- router ------------------------------------------------------------------------------------------------------------
 
@@ -310,6 +320,10 @@ BUS_MALFORMED = _counter("tandem_bus_malformed_messages_total", ALL, "Messages t
 BUS_HANDLER_ERRORS = _counter("tandem_bus_handler_errors_total", ALL, "Messages whose handling failed: defects.")
 BUS_REFUSED = _counter("tandem_bus_refused_publishes_total", ALL, "Messages refused because too much waits for NATS.")
 BUS_ERRORS = _counter("tandem_bus_server_errors_total", ALL, "What NATS complained of.")
+SPANS = _counter("tandem_trace_spans_total", TRACED, "Spans to be sent, once for each collector.")
+SPANS_DELIVERED = _counter(
+    "tandem_trace_spans_delivered_total", TRACED, "Of these, those that a collector has taken; the others are lost."
+)
 
 # -- from libraries, under their own names -----------------------------------------------------------------------------
 
