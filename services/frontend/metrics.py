@@ -49,6 +49,12 @@ class FrontendMetrics:
             instruments.counter(table.RESUBMISSIONS, model)
         instruments.watch(table.SLO_TARGET, self._targets)
 
+    def watch_tokenizers(self, fell_back: Mapping[str, bool]) -> None:
+        """By model; it is so from the start or not at all."""
+        self._instruments.watch(
+            table.TOKENIZER_FELL_BACK, lambda: [((model,), float(fell)) for model, fell in fell_back.items()]
+        )
+
     def watch(self, open_requests: Callable[[], Mapping[str, int]], has_leader: Callable[[str], bool]) -> None:
         """``open_requests``: by model."""
 

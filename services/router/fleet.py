@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import grpc
@@ -80,6 +80,7 @@ class Fleet:
         self._now = now
         self._look_now = asyncio.Event()
         self.members: dict[str, Member] = {}
+        self._slots: dict[int, WorkerSpec] | None = None
         #: Declared dead while their registry entry lives on; only a report of their own brings them back.
         self._dead: set[tuple[str, int]] = set()
 
@@ -153,6 +154,13 @@ class Fleet:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    @property
+    def slots(self) -> Mapping[int, WorkerSpec]:
+        """Members by their slot in the prefix index. Kept: every request asks."""
+        if self._slots is None:
+            self._slots = {member.spec.slot: member.spec for member in self.members.values()}
+        return self._slots
+
     def _seen(self, specs: list[WorkerSpec]) -> None:
         now = self._now()
         self._dead &= {(spec.id, spec.address.incarnation) for spec in specs}
@@ -166,9 +174,11 @@ class Fleet:
             if member is None:
                 log.info("worker %s joins (%s, %s)", spec.id, spec.role.value, spec.address.grpc_address)
                 self.members[spec.id] = Member(spec, now)
+                self._slots = None
                 self._listener.up(spec)
             elif member.spec != spec:
                 member.spec = spec
+                self._slots = None
                 self._listener.up(spec)
         present = {spec.id for spec in specs}
         for member in list(self.members.values()):
@@ -224,6 +234,7 @@ class Fleet:
         log.warning("worker %s is gone: %s", member.spec.id, why)
         address = member.spec.address
         del self.members[address.id]
+        self._slots = None
         self._dead.add((address.id, address.incarnation))
         self._listener.lost(Loss(address.id, address.incarnation, why, gone))
 

@@ -208,7 +208,9 @@ class ModelRouter:
             self.index_away = True
             return {}
         self.index_away = False
-        slots = {m.spec.slot: m.spec for m in self.fleet.members.values()}
+        if not depths:
+            return {}
+        slots = self.fleet.slots
         return {
             slots[slot].id: depth * slots[slot].block_size for slot, depth in depths.items() if depth and slot in slots
         }
