@@ -16,11 +16,13 @@ from tandem.wire import codec
 
 #: Until the routers have seen it.
 _SEEN_S = 10.0
+#: Whoever decodes also computes prompts where that is best, for itself and (policy.flexible) for others.
+_ROLES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "both": Role.DECODE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("worker", help="its name, as `tandem status` shows it")
-    parser.add_argument("role", choices=[role.value for role in Role], help="what it does from now on")
+    parser.add_argument("role", choices=list(_ROLES), help="from now on; both = decode: who decodes, computes, too")
     control.add_where(parser)
 
 
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     info = known.get(args.worker)
     if info is None:
         raise ConfigError(f"no worker {args.worker!r}; there is: {', '.join(sorted(known)) or 'none'}", param="worker")
-    role = Role(args.role)
+    role = _ROLES[args.role]
     previous = _set_role(info.ref.grpc_address, role)
     if previous is role:
         print(f"{args.worker} was {role.value} already")
