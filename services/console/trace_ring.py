@@ -87,7 +87,7 @@ class TraceRing:
         self._on_end(trace)
 
     def _is_slow(self, summary: Summary) -> bool:
-        took = summary.ttft_s if summary.ttft_s is not None else summary.duration_s
+        took = _lateness(summary)
         ranked = sorted(self._first_token_s)
         self._first_token_s.append(took)
         if summary.slo_met is False:
@@ -122,6 +122,11 @@ class TraceRing:
             ]
         return alike[0] if alike else None
 
+    def slowest(self, since_unix_ns: float, limit: int) -> list[Trace]:
+        """Requests that have ended, begun since then: the latest first token first; without one, the whole counts."""
+        found = [t for t in self.newest_first() if t.summary.ended and t.summary.start_ns >= since_unix_ns]
+        return sorted(found, key=lambda trace: _lateness(trace.summary), reverse=True)[:limit]
+
     def search(self, text: str, tenant: str, only: str, limit: int) -> list[Trace]:
         """``only``: "", "slow" or "failed". Newest first."""
         found = []
@@ -139,3 +144,7 @@ class TraceRing:
             if len(found) >= limit:
                 break
         return found
+
+
+def _lateness(summary: Summary) -> float:
+    return summary.ttft_s if summary.ttft_s is not None else summary.duration_s

@@ -22,6 +22,7 @@ from services.console.otlp import TraceReceiver
 from services.console.trace_ring import TraceRing
 from services.console.trace_view import listed, whole
 from services.console.trial import Question, Trials
+from tandem.adapters.clock import unix_milliseconds
 from tandem.spacetime.model import asset
 
 _MAX_LISTED = 500
@@ -107,11 +108,13 @@ class _Views:
     async def traces(self, request: Request) -> Response:
         query = request.query_params
         only = query.get("only", "")
-        if only not in ("", "slow", "failed"):
-            return _error(400, "`only` is slow or failed")
-        limit = _whole(request, "limit", 100, 1, _MAX_LISTED)
-        found = self._sources.ring.search(query.get("q", "").strip().lower(), query.get("tenant", ""), only, limit)
-        ring = self._sources.ring
+        if only not in ("", "slow", "failed", "slowest"):
+            return _error(400, "`only` is slow, failed or slowest (of the last minute)")
+        limit, ring = _whole(request, "limit", 100, 1, _MAX_LISTED), self._sources.ring
+        if only == "slowest":
+            found = ring.slowest(1e6 * (unix_milliseconds() - 60_000), limit)
+        else:
+            found = ring.search(query.get("q", "").strip().lower(), query.get("tenant", ""), only, limit)
         return _json(
             {"kept": len(ring), "spans_received": ring.spans_received, "traces": [listed(trace) for trace in found]}
         )

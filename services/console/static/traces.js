@@ -16,11 +16,11 @@ export function search() { $("trace-search")?.focus(); }
 
 function build() {
   built = true;
-  const only = ["", "slow", "failed"].map(value => h("button", { type: "button", "data-only": value, "aria-pressed": String(query.only === value), onclick: event => {
+  const only = ["", "slow", "failed", "slowest"].map(value => h("button", { type: "button", "data-only": value, "aria-pressed": String(query.only === value), onclick: event => {
     query.only = value;
     for (const b of event.target.parentElement.children) b.setAttribute("aria-pressed", String(b.dataset.only === value));
     list();
-  } }, value || "all"));
+  }, title: value === "slowest" ? "of the last minute, the latest first token first" : "" }, value || "all"));
   const typed = name => event => { query[name] = event.target.value.trim(); clearTimeout(timer); timer = setTimeout(list, 200); };
   replace($("view-traces"), h("div.card", { id: "trace-one", hidden: true, tabindex: -1 }), h("div.card", {},
     h("div.card-head", {}, h("h1", {}, "Traces"), h("form.search", { role: "search", onsubmit: event => { event.preventDefault(); open(); } },

@@ -54,7 +54,7 @@ class ConsoleClient:
         return self._get(f"/api/traces/{quote(wanted, safe='')}")
 
     def traces(self, only: str, limit: int) -> list[dict[str, Any]]:
-        """The newest first; ``only``: "", slow or failed."""
+        """The newest first; ``only``: "", slow, failed, or slowest (of the last minute)."""
         found: list[dict[str, Any]] = self._get(f"/api/traces?only={only}&limit={limit}")["traces"]
         return found
 

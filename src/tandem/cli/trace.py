@@ -31,19 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("id", nargs="?", help="request id or trace id, or the beginning of one; without it: the newest traces")
     add("--slow", action="store_true", help="of the newest: slow ones")
     add("--failed", action="store_true", help="of the newest: failed ones")
+    add("--slowest", action="store_true", help="of the last minute: the slowest to their first token")
     add("--last", type=int, default=15, metavar="N", help="how many to list (default: 15)")
     add("--json", action="store_true", help="for programs")
     console_client.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.slow and args.failed:
-        raise ConfigError("--slow and --failed: one of them")
+    only = [name for name in ("slow", "failed", "slowest") if getattr(args, name)]
+    if len(only) > 1:
+        raise ConfigError("--slow, --failed and --slowest: one of them")
     if not 1 <= args.last <= 500:
         raise ConfigError(f"--last must be from 1 to 500, not {args.last}", param="last")
     console = ConsoleClient.of(args)
     if args.id is None:
-        listed = console.traces("slow" if args.slow else "failed" if args.failed else "", args.last)
+        listed = console.traces("".join(only), args.last)
         print(json.dumps(listed, indent=1) if args.json else "\n".join(as_list(listed)))
         return 0
     trace = console.trace(args.id)

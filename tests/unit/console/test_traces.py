@@ -164,3 +164,12 @@ def test_the_chrome_trace_has_every_span_and_nests_on_each_thread() -> None:
                 open_until.pop()
             assert not open_until or event["ts"] + event["dur"] <= open_until[-1], event["name"]
             open_until.append(event["ts"] + event["dur"])
+
+
+def test_the_slowest_since_some_time() -> None:
+    ring, _ = ring_of()
+    for n, ttft_s in enumerate((0.2, 0.9, 0.4), 1):
+        add(ring, *request_spans(n, ttft_s=ttft_s))
+    add(ring, *request_spans(9, error="overloaded")[:-1])  # has not ended
+    assert [t.summary.request_id for t in ring.slowest(0, 2)] == ["req-000002", "req-000003"]
+    assert not ring.slowest(1e30, 10)
