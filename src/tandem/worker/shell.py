@@ -27,7 +27,7 @@ from tandem.adapters.bus import Bus, Message, Subscription
 from tandem.adapters.deployment import Model, Pool, PoolRole, read
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
-from tandem.adapters.process_metrics import instruments_of, metrics_endpoint
+from tandem.adapters.process_metrics import instruments_of, metrics_endpoint, watch_tracing
 from tandem.adapters.redis_store import RedisPrefixIndex, RedisRegistry, connect
 from tandem.adapters.store import PrefixIndex, Registry
 from tandem.adapters.traces import open_tracing
@@ -89,6 +89,7 @@ async def run(settings: WorkerSettings, role: Role) -> None:
         deliver[0] = worker.announcer.on_kv_events
         worker.announcer.on_kv_events(early)
         instruments = instruments_of(role.value, deployment, bus)
+        watch_tracing(instruments, tracing)
         WorkerMetrics(instruments, worker, [c.name for c in deployment.classes], clock.monotonic)
         await stack.enter_async_context(metrics_endpoint(settings, instruments, engine.expose(instruments)))
         loop = asyncio.get_running_loop()
