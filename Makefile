@@ -22,7 +22,7 @@ HARMED := $(if $(filter file,$(origin ENGINE)),sim,$(ENGINE))
 ENGINE_FLAG := $(if $(filter sim,$(ENGINE)),--engine sim)
 
 .DEFAULT_GOAL := help
-.PHONY: faults rolling cancel soak fuzz help setup setup-dev up test check unit contract integration chaos e2e proto docs lock format clean
+.PHONY: containers faults rolling cancel soak fuzz help setup setup-dev up test check unit contract integration chaos e2e proto docs lock format clean
 
 help:  ## this list
 	@grep -hE '^[a-z -]+:.*## ' Makefile | awk -F ':.*## ' '{printf "make %-38s %s\n", $$1, $$2}'
@@ -39,12 +39,16 @@ up: setup  ## start a cluster in the foreground; Ctrl-C ends it
 test: setup-dev  ## checks, then all tests, the quick ones first
 	@$(PY) scripts/check.py
 	@$(PY) -m pytest $(SUITES)
+	@$(PY) -m tests.containers
 
 check: setup-dev  ## ruff, mypy, import-linter, buf, generated code and pages up to date
 	@$(PY) scripts/check.py
 
 unit contract integration e2e: setup-dev  ## one test suite
 	@$(PY) -m pytest tests/$@
+
+containers: setup-dev  ## images, compose file, port suites in containers; on the Docker engine that answers, or on one of their own
+	@$(PY) -m tests.containers $(ARGS)
 
 fuzz: setup-dev  ## hostile inputs to the frontend, COUNT of them; then COUNT guided by coverage, twice
 	@$(PY) -m tests.fuzz.hostile --count $(COUNT) --seed $(SEED)
@@ -81,6 +85,9 @@ bench-tracing: setup-dev  ## CPU per request with tracing off, at 1 % and at 100
 
 bench-serve: setup-dev  ## cost of serving, beside a peer whose KIT=FOLDER is given; QUICK=1
 	@$(PY) -m bench.serve $(if $(KIT),--kit $(KIT)) $(if $(QUICK),--quick) $(ARGS)
+
+bench-engine: setup-dev  ## real vLLM: disaggregated against aggregated, overhead over a bare engine, KV transfer
+	@$(PY) -m bench.bench_engine $(ARGS)
 
 tokenizer-fuzz: setup-dev  ## the fast tokeniser against Hugging Face's on COUNT random texts
 	@TOKENIZER_TEXTS=$(COUNT) TOKENIZER_SEED=$(SEED) $(PY) -m pytest tests/unit/frontend/test_fast_tokenizer.py -k same_tokens

@@ -1,0 +1,29 @@
+"""The hot path stays as cheap as it is: CPU per request as a ratio to a fixed piece of work in the same process.
+
+Both are CPU time, taken in turns, each the least of several: other work on the machine and its speed cancel out. The
+bounds are about twice what `python -m bench.hot_path` printed when they were set (docs/performance.md): a second
+tokenisation, a task or a dataclass per token, or a lost coalescing break them; noise does not.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.hot_path import frontend_figures
+
+#: In yardsticks per request.
+BOUNDS = {
+    "128/32 burst": 0.14,
+    "128/32 paced": 0.32,
+    "1024/128 burst": 0.34,
+    "1024/128 paced": 1.0,
+}
+
+
+@pytest.mark.timeout(300)
+async def test_cpu_per_request_keeps_its_ratio_to_the_yardstick() -> None:
+    figures = await frontend_figures(320)
+    unit = figures.pop("yardstick")
+    ratios = {name: value / unit for name, value in figures.items()}
+    too_much = {name: round(ratio, 3) for name, ratio in ratios.items() if ratio > BOUNDS[name]}
+    assert not too_much, f"all of them: {ratios}"
