@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 LIMIT_S = 900
 
+DOCKERFILES = sorted(str(path) for path in [*ROOT.glob("services/**/*Dockerfile"), *ROOT.glob("deploy/**/*Dockerfile")])
+
 CHECKS: dict[str, Sequence[str]] = {
     "mypy": [sys.executable, "-m", "mypy"],
     "ruff": [sys.executable, "-m", "ruff", "check", "."],
@@ -23,6 +25,7 @@ CHECKS: dict[str, Sequence[str]] = {
     "proto-breaking": [str(BIN / "buf"), "breaking", "--against", "proto/baseline.binpb"],
     "proto-generated": [sys.executable, "scripts/proto.py", "--check"],
     "docs-generated": [sys.executable, "docs/generate.py", "--check"],
+    "dockerfiles": [str(BIN / "hadolint"), *DOCKERFILES],
 }
 
 

@@ -64,7 +64,9 @@ RUN --mount=type=bind,source=deploy/wheels,target=/wheels \
 
 # hadolint ignore=DL3006
 FROM engine-${ENGINE}
-RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tandem
+# The folders that volumes take their owner from when they are new.
+RUN useradd --uid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin tandem \
+ && install -d -o 10001 -g 10001 /models /cache
 COPY --from=project /project /project
 ENV PATH=/venv/bin:$PATH PYTHONPATH=/project PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     TANDEM_GRPC_HOST=127.0.0.1 TANDEM_GRPC_PORT=7100

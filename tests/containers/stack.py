@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.adapters.embedded import free_port
+from tandem.telemetry.metric_table import KV_BYTES
 from tests.containers.engine import COMPOSE_DIR, ROOT, run
 
 BUILD_S = 1500
@@ -73,6 +74,18 @@ class Stack:
 
     def workers(self) -> list[str]:
         return [worker["info"]["ref"]["id"] for worker in self.status()["workers"] if worker["liveness"] == "alive"]
+
+    def kv_bytes(self, service: str) -> float:
+        """Pulled so far by the running workers of a service, by their own count."""
+        script = (
+            "import urllib.request as r; print(r.urlopen('http://127.0.0.1:9090/metrics', timeout=20).read().decode())"
+        )
+        lines = [
+            line
+            for container in self.containers(service)
+            for line in self.inside(container, "python", "-c", script).splitlines()
+        ]
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(KV_BYTES.name))
 
     def logs(self, services: Sequence[str] = (), lines: int = 40) -> str:
         return self.compose("logs", "--no-color", "--tail", str(lines), *services)

