@@ -26,7 +26,7 @@ from tandem.sim.workload import Offered, Workload
 from tandem.wire import profile_file
 
 #: So that nobody waits for long.
-_REQUESTS = 3000
+_REQUESTS = 2000
 #: What a model is served from where the user names no folder.
 _FOLDERS = {
     "8b": "Llama-3.1-8B-Instruct",

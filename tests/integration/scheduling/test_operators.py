@@ -115,16 +115,17 @@ def test_what_needs_a_restart_is_refused(site: Site) -> None:
 
 
 async def test_engines_stay_shallow_under_ten_times_their_capacity(site: Site, clients: Clients) -> None:
-    """What waits, waits in the router."""
+    """What waits, waits in the router. Thirty seconds of work come at once, and are looked at for a few."""
     router = await asyncio.to_thread(leader, site)
-    overload = [asyncio.create_task(clients.arrive(50.0, 5.0, tenant)) for tenant in ("ann", "bob")]
+    for _ in range(150):
+        for tenant in ("ann", "bob"):
+            clients.ask(tenant)
     depths, queued = [], 0
-    while not all(task.done() for task in overload):
+    while queued < 100 or len(depths) < 40:
         await asyncio.sleep(0.2)
         depths += await asyncio.to_thread(engine_depths, router)
         queued = max(queued, (await asyncio.to_thread(accounting, router)).queued)
     print(f"deepest engine queue {max(depths)}, router's {queued}")
-    assert queued > 100
     assert max(depths) <= 8
     assert sorted(depths)[len(depths) // 2] <= 2
     await clients.leave()
