@@ -32,7 +32,8 @@ from tandem.sim.study import Setup, simulate
 from tandem.sim.workload import Offered, Workload
 from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tandem.wire import profile_file
-from tests.harness.cluster import Cluster
+from tests.harness.client import workers
+from tests.harness.cluster import Cluster, wait_for
 
 START_S, REQUEST_S = 240.0, 300.0
 TOKENS = range(300, 40_000)
@@ -104,6 +105,8 @@ def real(args: argparse.Namespace, profile: Path, all_seen: Sequence[Seen]) -> N
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
         cluster = Cluster(wanted.model_dump(mode="json", exclude_defaults=True), Path(folder))
         with cluster.start(START_S):
+            [router] = cluster.state()["routers"]
+            wait_for(lambda: len(workers(router)) == len(pools), START_S, "the router to know both workers")
             asyncio.run(load(cluster.grpc, model.name, all_seen, warm_up))
         log = cluster.log()
     wrong = [seen.wrong for seen in (*warm_up, *all_seen) if seen.wrong]
