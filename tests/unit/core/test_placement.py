@@ -274,7 +274,7 @@ def test_the_order_of_the_cache_report_does_not_matter(order: list[str]) -> None
 
 def test_a_worker_without_streams_lends_itself_to_one_that_has_some() -> None:
     """Streams gather: the prompt is computed where it disturbs nobody, and decodes beside the others."""
-    gathering, free = busy(view("d0"), streams=60), view("d1")
+    gathering, free = busy(view("d0"), streams=120), view("d1")
     chosen = best(inquiry(8000), [gathering, free], [gathering, free])
     assert (chosen.decode.id, chosen.prefill and chosen.prefill.id) == ("d0", "d1")
     short = best(inquiry(100), [gathering, free], [gathering, free])

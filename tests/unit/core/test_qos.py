@@ -74,13 +74,36 @@ def beside_background(load: float) -> VirtualFleet:
     return fleet
 
 
+def p99(values: list[float]) -> float:
+    return statistics.quantiles(values, n=100)[-1]
+
+
 def test_background_does_not_move_the_top_class() -> None:
-    """p95 queue wait of the top class: within 0.2 s of what it is alone, at whatever background load:
-    1x and 10x differ by less than 0.05 s. And background fills what is left."""
-    alone, full, flooded = (p95(waits(beside_background(load), "top")) for load in (0.0, 1.0, 10.0))
-    assert full <= alone + 0.2
-    assert abs(flooded - full) <= 0.05
-    assert len(waits(beside_background(10.0), "batch")) > 400
+    """Queue wait of the top class: within 0.2 s (p95) and 0.3 s (p99) of what it is alone, at whatever background load:
+    1x and 10x differ by less than 0.05 s and 0.1 s. And background fills what is left."""
+    fleets = [beside_background(load) for load in (0.0, 1.0, 10.0)]
+    for share, moved, between in ((p95, 0.2, 0.05), (p99, 0.3, 0.1)):
+        alone, full, flooded = (share(waits(fleet, "top")) for fleet in fleets)
+        assert full <= alone + moved
+        assert abs(flooded - full) <= between
+    assert len(waits(fleets[-1], "batch")) > 400
+
+
+def test_fairness_costs_little_throughput() -> None:
+    """Four tenants, one of them with prompts four times as long, take at most 5 % longer than one tenant with the same
+    requests."""
+
+    def makespan(names: str) -> float:
+        fleet = VirtualFleet(FLEET, tenants={name: Tenant(name=name) for name in names}, report_every_s=0)
+        rng = random.Random(4)
+        for i in range(240):
+            isl = rng.randrange(500, 3000) * (4 if i % 4 == 0 else 1)
+            fleet.submit(request(f"r{i}", isl=isl, osl=50, tenant=names[i % len(names)]))
+        fleet.drain()
+        assert len(fleet.finished) == 240
+        return max(fleet.finished.values())
+
+    assert makespan("abcd") <= 1.05 * makespan("a")
 
 
 def test_background_gets_its_minimum_share_in_every_window() -> None:
@@ -212,7 +235,8 @@ def test_background_makes_way_before_its_first_token_if_the_policy_says_so() -> 
 
 
 def test_locality_is_kept_under_fairness() -> None:
-    """Two tenants with a prefix each on its own worker: fair order sends at most a tenth of them elsewhere."""
+    """Two tenants with a prefix each on its own worker: at most a tenth of the prompts is computed elsewhere, where
+    routing by cache alone would compute none; so the hit rate stays within 10 points."""
     workers: list[WorkerSpec] = [spec("d0", Role.DECODE), spec("d1", Role.DECODE)]
     fleet = VirtualFleet(workers, tenants={"a": Tenant(name="a"), "b": Tenant(name="b")})
     rng = random.Random(5)
@@ -223,3 +247,26 @@ def test_locality_is_kept_under_fairness() -> None:
     fleet.run(until=60.0)
     home = sum(p.plan.first_worker == {"a": "d0", "b": "d1"}[p.request.tenant] for _, p in fleet.placed.values())
     assert home >= 0.9 * len(fleet.placed)
+
+
+def test_a_tenant_that_waits_by_choice_is_overtaken_by_a_bound() -> None:
+    """``a`` waits for the worker that holds its long prefix; ``b``, whose prompts are cheap anywhere, stays near."""
+    fleet = VirtualFleet(
+        [spec("d0", Role.DECODE), spec("d1", Role.DECODE)],
+        tenants={"a": Tenant(name="a"), "b": Tenant(name="b")},
+        report_every_s=0,
+    )
+    for i in range(40):
+        fleet.submit(request(f"a{i}", isl=8000, osl=50, tenant="a"), {"d0": 7200})
+        fleet.submit(request(f"b{i}", isl=1000, osl=50, tenant="b"))
+    apart: list[float] = []
+
+    def check(fleet: VirtualFleet) -> None:
+        if {"a", "b"} <= fleet.scheduler.snapshot(fleet.now).queue_by_tenant.keys():
+            counters = fleet.scheduler.service_counters()
+            apart.append(counters.get("b", 0.0) - counters.get("a", 0.0))
+
+    fleet.after_poll = check
+    fleet.run(until=100.0)
+    largest = 1000 + 2 * 256  # as charged before anyone knows how long the answer is
+    assert max(apart) <= Policy().overtake_tokens + 2 * largest
