@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -44,7 +44,7 @@ class Comparison:
                 self.shown.append(f"line {line}: recorded {was}, decided again: {now}")
 
 
-def replay(path: Path, progress: Callable[[int], None] | None = None) -> Comparison:
+def replay(path: Path) -> Comparison:
     """ConfigError if it is no recording."""
     lines = record.read(path)
     begin = next(lines, None)
@@ -62,8 +62,6 @@ def replay(path: Path, progress: Callable[[int], None] | None = None) -> Compari
         comparison.lines[type(line).__name__] += 1
         comparison.last_at = max(comparison.last_at, line.at)
         _again(scheduler, line, number, comparison)
-        if progress is not None and number % 1000 == 0:
-            progress(number)
     return comparison
 
 
