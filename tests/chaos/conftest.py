@@ -13,7 +13,7 @@ import pytest
 from tests.faults.cases import Store
 from tests.harness.site import Site, deployment
 
-START_S = {"sim": 90.0, "vllm": 240.0}
+START_S = {"sim": 90.0, "vllm": 600.0}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from tests.faults.recorded import recorded_answers
 from tests.faults.verdict import ERROR_WITHIN_S, problems, row
 from tests.harness.answers import RecordedAnswers
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 SCALE = SCALES["small vllm"]
 BUSY = 3.0
 CASES = [Case(Target.DECODE, Fault.KILL), Case(Target.PREFILL, Fault.KILL), Case(Target.NATS, Fault.KILL)]

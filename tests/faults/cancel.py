@@ -204,7 +204,7 @@ async def cost(engine: str, folder: Path, rounds: int = 5) -> Cost:
         for pool in model["pools"]:
             pool["engine_args"] = {"kv_cache_memory_bytes": 384 << 20}
     site = Site(wanted, folder)
-    await asyncio.to_thread(site.start, 240.0)
+    await asyncio.to_thread(site.start, 600.0)
     try:
         await _first_token(site, answers, 0)  # what compiles, compiles now
         idle = [await _first_token(site, answers, 10 + n) for n in range(rounds)]

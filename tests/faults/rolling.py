@@ -42,7 +42,7 @@ class Scale:
     end_s: float
 
 
-SCALES = {"sim": Scale(0.12, 120, (40, 400), 90.0, 60.0), "vllm": Scale(0.7, 32, (40, 200), 300.0, 240.0)}
+SCALES = {"sim": Scale(0.12, 120, (40, 400), 90.0, 60.0), "vllm": Scale(0.7, 32, (40, 200), 600.0, 240.0)}
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,11 @@ class Probe:
     def __init__(self, site: Site, nats: NatsServer, monitor: int, store: RedisServer) -> None:
         self._site = site
         self._servers = {"nats-server": nats.pid, "redis": store.pid}
-        self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{monitor}", trust_env=False, timeout=10.0)
+        # nats-server closes connections that are idle for long, perhaps just when the next question is on its way.
+        alone = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{monitor}", trust_env=False, timeout=30.0, limits=alone
+        )
         self._redis = redis.asyncio.Redis.from_url(store.url)
         self._began = time.monotonic()
 
