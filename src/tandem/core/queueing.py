@@ -26,7 +26,7 @@ from tandem.core.types import Request, RequestKey
 class Wait(Enum):
     """What a request that waits waits for."""
 
-    TURN = "turn"  # others go first, or no worker has credit for anybody
+    TURN = "turn"  # others go first, or no worker takes anything from anybody: no credit, silent, draining
     CREDIT = "credit"  # the worker of its best plan has more prefill pending than its credit
     ROOM = "room"  # no decode worker has KV room or a seat for it
     GUARD = "guard"  # background: it would slow the streams beside it

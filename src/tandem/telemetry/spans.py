@@ -177,7 +177,7 @@ ATTRIBUTES: Mapping[str, Attribute] = _attributes
 #: Values of ``tandem.queue.reason``: core.queueing.Wait, and what they mean to a reader.
 QUEUE_REASONS: Mapping[str, str] = {
     "none": "it did not wait",
-    "turn": "until it was placed, others went first, or no worker had credit for anybody",
+    "turn": "others went first, or no worker took anything from anybody (no credit, silent, draining)",
     "credit": "the worker of its best plan had more prefill pending than its credit",
     "room": "no decode worker had KV room or a seat in its batch for it",
     "guard": "background work: it would have slowed the streams beside it",

@@ -24,10 +24,12 @@ from tandem.adapters.memory_store import MemoryCounters, MemoryLeases, MemoryPre
 from tandem.core.policy import Policy, RequestClass
 from tandem.core.scheduler import Scheduler
 from tandem.core.types import RequestKey, Role, SamplingParams, WorkerAddress, WorkerSpec
+from tandem.telemetry import spans
 from tandem.telemetry.instruments import Instruments
-from tandem.telemetry.tracing import OFF
+from tandem.telemetry.tracing import Tracing
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import codec, subjects
+from tests.harness.kept_spans import KeptSpans
 
 
 class SlowIndex(MemoryPrefixIndex):
@@ -54,6 +56,7 @@ class World:
         self.work: dict[str, list[bus_pb2.Assignment]] = defaultdict(list)
         self.lost: list[str] = []
         self.asked: list[str] = []
+        self.spans = KeptSpans()
         ports = Ports(
             MemoryBus(self.hub),
             MemoryRegistry(self.store),
@@ -72,7 +75,7 @@ class World:
             scheduler=Scheduler(Policy(), classes={"": RequestClass(name="")}, tenants={}, rng=random.Random(0)),
             ports=ports,
             metrics=RouterMetrics(Instruments("router", {"model": {"m"}, "tenant": {"t"}, "class": {""}}), "m", [""]),
-            traces=RouterTraces(OFF, "router", clock.monotonic),
+            traces=RouterTraces(Tracing(self.spans), "r", clock.monotonic),
             now=clock.monotonic,
         )
 
@@ -118,12 +121,12 @@ class World:
         else:
             self.asked.append(name)
 
-    def submit(self, rid: int, *, attempt: int = 0, isl: int = 64, id: str = "") -> RequestKey:
+    def submit(self, rid: int, *, attempt: int = 0, isl: int = 64, id: str = "", traceparent: str = "") -> RequestKey:
         key = RequestKey(id or f"q{rid}", attempt, 0)
         submit = bus_pb2.Submit(
             key=codec.key_to_wire(key), model="m", frontend="f", rid=rid, timeout_ms=60_000, isl_tokens=isl,
             prompt=bytes(4 * isl), block_hashes=bytes(8 * (isl // 16)),
-            sampling=codec.sampling_to_wire(SamplingParams(max_tokens=10)),
+            sampling=codec.sampling_to_wire(SamplingParams(max_tokens=10)), traceparent=traceparent,
         )  # fmt: skip
         self.bus.publish(subjects.requests("c", "m", "r"), submit.SerializeToString())
         return key
@@ -324,3 +327,66 @@ async def test_what_the_scheduler_has_given_up_is_not_kept(world: World) -> None
 
 def _fields(spec: WorkerSpec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in WorkerSpec.__slots__}
+
+
+# -- traces ------------------------------------------------------------------------------------------------------------
+
+TRACED = "00-" + "5a" * 16 + "-" + "77" * 8 + "-01"
+
+
+async def test_a_traced_request_says_how_it_was_placed(world: World) -> None:
+    for name in ("u", "v"):
+        await world.worker(name)
+    world.submit(1, traceparent=TRACED)
+    world.submit(2, traceparent=TRACED[:-1] + "0")
+    await world.until(lambda: sum(map(len, world.work.values())) == 2, "both placed")
+    (route,), (queue,) = world.spans.named("route"), world.spans.named("queue")
+    assert {trace for trace, _ in world.spans.records} == {int("5a" * 16, 16)}
+    assert route.parent_id == int("77" * 8, 16) and queue.parent_id == route.span_id
+    about = route.attributes
+    (placed,) = [n for n, w in world.work.items() if any(b"q1" in assignment.submit for assignment in w)]
+    assert about[spans.DECODE_WORKER] == placed and about[spans.LEG] == "local" and about[spans.ROUTER] == "r"
+    columns = [about[spans.CANDIDATE_DECODE], *(about[name] for name in spans.CANDIDATE_TERMS.values())]
+    assert {len(column) for column in columns} == {2}, "both candidates, every term"
+    assert queue.attributes[spans.QUEUE_AHEAD] == 0 and route.error is None
+    waits = [a.queued_s for assignments in world.work.values() for a in assignments]
+    assert all(0.0 <= wait < 10.0 for wait in waits) and any(waits), "the workers are told how long it was here"
+
+
+async def test_a_traced_request_says_what_it_waited_for(world: World) -> None:
+    await world.worker("w")
+    world.router.scheduler.worker_suspect("w", True, clock.monotonic())
+    world.submit(1, traceparent=TRACED)
+    await world.until(lambda: world.router.scheduler.num_queued, "queued")
+    await asyncio.sleep(0.01)
+    assert world.spans.records == [], "not over"
+    world.router.scheduler.worker_suspect("w", False, clock.monotonic())
+    world.event(RequestKey("of nobody"), bus_pb2.PHASE_FINISHED)
+    await world.until(lambda: world.work["w"], "placed")
+    (queue,) = world.spans.named("queue")
+    assert queue.attributes[spans.QUEUE_REASON] in ("turn", "worker") and queue.end_s - queue.start_s > 0.01
+
+    prompts = [world.submit(rid, isl=4000, traceparent=TRACED) for rid in range(2, 12)]
+    await world.until(lambda: world.router.scheduler.num_queued, "more than it has credit for")
+    for _ in range(20):
+        for key in prompts:
+            world.event(key, bus_pb2.PHASE_DECODING)
+        await asyncio.sleep(0.01)
+    await world.until(lambda: len(world.spans.named("queue")) == 11, "all placed")
+    assert {str(q.attributes[spans.QUEUE_REASON]) for q in world.spans.named("queue")[1:]} & {"credit", "turn"}
+
+
+async def test_a_traced_request_that_is_refused_or_not_wanted_says_so(world: World) -> None:
+    await world.worker("w")
+    world.submit(1, isl=5000, traceparent=TRACED)
+    await world.until(lambda: world.rejects, "refused")
+    (route,) = world.spans.named("route")
+    assert route.error is not None and route.attributes[spans.ERROR_TYPE] == world.rejects[1]
+
+    world.router.scheduler.worker_suspect("w", True, clock.monotonic())
+    key = world.submit(2, traceparent=TRACED)
+    await world.until(lambda: world.router.scheduler.num_queued, "queued")
+    world.abort(key)
+    await world.until(lambda: len(world.spans.named("route")) == 2, "ended")
+    route = world.spans.named("route")[1]
+    assert route.error is None and route.attributes[spans.ERROR_TYPE] == "cancelled"
