@@ -13,6 +13,8 @@ from tests.harness.cluster import Cluster
 MODEL = "m"
 KEYS = {"acme": "key-of-acme", "other": "key-of-other"}
 CLASSES = ("interactive", "batch")
+#: The console's process has an endpoint only where it is told to.
+SERVICES = ("frontend", "router", "prefill", "decode")
 SIM = {"step_s": 0.01}
 #: Rounds of ``load`` that the cluster has served, each with one request of every tenant, class and operation.
 served: list[int] = []
@@ -22,7 +24,7 @@ def deployment() -> dict[str, Any]:
     """Prompts are computed remotely where that is possible: every request of two tokens and more has a handoff."""
     return {
         "policy": {"local_prefill": False},
-        "console": {"enabled": False},
+        "console": {"enabled": True},
         "classes": [
             {"name": "interactive", "ttft_slo_s": 30.0, "tpot_slo_s": 5.0},
             {"name": "batch", "rank": 1, "ttft_slo_s": 0.000001, "best_effort": True},
