@@ -49,8 +49,17 @@ class VllmOptions:
         return options, {k: v for k, v in args.items() if k not in own}
 
 
-def environment(config: EngineConfig, options: VllmOptions, kv_port: int) -> tuple[dict[str, str], dict[str, str]]:
-    """(what must be set, what is set unless the user has set it). Before vLLM is imported."""
+#: UCX transports that leave the machine by IP alone, or not at all.
+_IP_TRANSPORTS = frozenset(
+    {"tcp", "self", "posix", "sysv", "sm", "shm", "cma", "knem", "xpmem", "cuda_copy", "cuda_ipc"}
+)
+
+
+def environment(
+    config: EngineConfig, options: VllmOptions, kv_port: int, *, kv_device: str = ""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(what must be set, what is set unless the user has set it). Before vLLM is imported. ``kv_device``: the network
+    interface that has ``kv_host``; empty = not known."""
     required = {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": config.kv_host,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(kv_port),
@@ -67,8 +76,11 @@ def environment(config: EngineConfig, options: VllmOptions, kv_port: int) -> tup
         "UCX_TLS": options.ucx_tls,
         "UCX_RCACHE_MAX_UNRELEASED": "1024",  # vLLM's own advice against a leak of UCX
     }
+    # UCX would listen on every interface. With RDMA among the transports the device is another one, and UCX's choice.
     if _is_loopback(config.kv_host):
-        defaults["UCX_NET_DEVICES"] = "lo"  # UCX would listen on every interface
+        defaults["UCX_NET_DEVICES"] = "lo"
+    elif kv_device and set(options.ucx_tls.split(",")) <= _IP_TRANSPORTS:
+        defaults["UCX_NET_DEVICES"] = kv_device
     return required, defaults
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import importlib
 import multiprocessing
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +25,8 @@ from tandem.errors import ConfigError, EngineFailed
 from tandem.parent_death import die_with_parent
 
 _SOCKET_PATH_MAX = 107
+#: ioctl of Linux: an interface's IPv4 address.
+_SIOCGIFADDR = 0x8915
 
 #: (SchedulerStats.kv_connector_stats, preemptions) of a step.
 Record = Callable[[dict[str, Any] | None, int], None]
@@ -55,7 +59,7 @@ class Endpoints:
 def start_llm(config: EngineConfig, options: VllmOptions, own: dict[str, Any], engine_id: str,
               endpoints: Endpoints, record: Record) -> Any:  # fmt: skip
     """A running AsyncLLM. ConfigError for what the user can mend, EngineFailed else."""
-    required, defaults = environment(config, options, endpoints.kv_port)
+    required, defaults = environment(config, options, endpoints.kv_port, kv_device=_device_of(config.kv_host))
     os.environ.update(required)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
@@ -206,6 +210,17 @@ def _free_port(host: str, port: int) -> int:
             what = "in use" if e.errno == errno.EADDRINUSE else f"not usable ({e.strerror})"
             raise ConfigError(f"port {port} on {host} for KV transfer is {what}", param="TANDEM_KV_PORT") from e
         return int(probe.getsockname()[1])
+
+
+def _device_of(address: str) -> str:
+    """The network interface that has this IPv4 address; empty if none has."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            with contextlib.suppress(OSError):  # an interface without an IPv4 address
+                if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]) == address:
+                    return name
+    return ""
 
 
 def _check_room(vllm_config: Any) -> None:

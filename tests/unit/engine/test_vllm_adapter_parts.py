@@ -1,6 +1,7 @@
 """The parts of the vLLM adapter that need no vLLM: options, the core's reports, KV events."""
 
 import asyncio
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ def test_the_kv_plane_stays_on_loopback_when_it_is_told_so() -> None:
     required, defaults = environment(config(), VllmOptions(), 5600)
     assert required == {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": "5600"}
     assert defaults["UCX_NET_DEVICES"] == "lo"
+
+
+def test_the_kv_plane_keeps_to_its_interface_unless_rdma_may_choose() -> None:
+    elsewhere = dataclasses.replace(config(), kv_host="192.0.2.7")
+    _, defaults = environment(elsewhere, VllmOptions(ucx_tls="self,tcp"), 5600, kv_device="eth1")
+    assert defaults["UCX_NET_DEVICES"] == "eth1"
+    for tls in ("all", "rc,cuda_copy"):
+        _, defaults = environment(elsewhere, VllmOptions(ucx_tls=tls), 5600, kv_device="eth1")
+        assert "UCX_NET_DEVICES" not in defaults
 
 
 def test_a_wrong_start_method_is_a_config_error() -> None:
