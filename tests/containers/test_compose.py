@@ -135,7 +135,7 @@ def test_no_secret_is_in_an_image_or_an_environment(stack: Stack) -> None:
 def test_light_images_have_no_torch(stack: Stack, service: str) -> None:
     container = stack.containers(service)[0]
     found = stack.inside(
-        container, "sh", "-c", "find / -xdev -type d ( -name torch -o -name vllm ) 2>/dev/null || true"
+        container, "sh", "-c", "find / -xdev -name torch -type d -o -name vllm -type d 2>/dev/null || true"
     )
     assert found == ""
     size = stack.inspect(stack.inspect(container)["Image"])["Size"]
