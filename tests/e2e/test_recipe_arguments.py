@@ -45,7 +45,7 @@ print("accepted")
 """
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_parser_takes_them_as_they_are() -> None:
     given = {"a worker that spans nodes": SPANNING}
     for file in FILES:
@@ -57,6 +57,6 @@ def test_the_parser_takes_them_as_they_are() -> None:
                     given[f"{file.parent.name} {pool.pool_name}"] = {**arguments, **common}
     assert len(given) >= 10
     done = subprocess.run(
-        [sys.executable, "-c", _PARSE], input=json.dumps(given), capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", _PARSE], input=json.dumps(given), capture_output=True, text=True, timeout=840
     )
     assert done.stdout.strip().endswith("accepted"), done.stderr[-3000:]
