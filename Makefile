@@ -83,6 +83,9 @@ bench-sim: setup-dev  ## simulated goodput of ours against static fleets; QUICK=
 bench-tracing: setup-dev  ## CPU per request with tracing off, at 1 % and at 100 %
 	@$(PY) -m bench.bench_tracing $(ARGS)
 
+bench-console: setup-dev  ## script per frame of the console's map while 500 workers stream into it; needs Chromium
+	@$(PY) -m bench.bench_console $(ARGS)
+
 bench-serve: setup-dev  ## cost of serving, beside a peer whose KIT=FOLDER is given; QUICK=1
 	@$(PY) -m bench.serve $(if $(KIT),--kit $(KIT)) $(if $(QUICK),--quick) $(ARGS)
 

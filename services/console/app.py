@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import socket
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -71,6 +72,8 @@ class Console:
         self._history_ms = settings.map_history_s * 1e3
         self.activity = Activity(self._history_ms)
         counted = addresses(settings.frontend_metrics)
+        #: What waited, of late: [milliseconds, requests].
+        self._queue: deque[tuple[float, int]] = deque(maxlen=int(settings.map_history_s / (BATCH_S * STATUS_EVERY)) + 1)
         self.series = Series(counted=bool(counted))
         self._counts = FrontendCounts(counted, lambda counts: self.series.count(counts, clock.monotonic()))
         slos = {c.name: Slo(c.ttft_slo_s, c.tpot_slo_s) for c in wanted.classes}
@@ -168,6 +171,7 @@ class Console:
             "history_ms": self._history_ms,
             "runs_per_report": self.activity.most_runs,
             **self._told(self.activity.snapshot()),
+            "queue": list(self._queue),
             "status": self._status(),
         }
 
@@ -185,6 +189,7 @@ class Console:
             count += 1
             if count % STATUS_EVERY == 0:
                 now = clock.monotonic()
+                self._queue.append((round(self._now_ms(), 1), self.view.queued))
                 self.series.cluster(self.view.queued, len(self.activity.in_flight), now)
                 if len(self.feed):
                     self.feed.publish(encoded("status", self._status()))

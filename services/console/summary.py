@@ -57,6 +57,10 @@ class Summary:
     slo_met: bool | None = None
 
     @property
+    def end_ns(self) -> float:
+        return self.start_ns + 1e9 * self.duration_s
+
+    @property
     def is_request(self) -> bool:
         """Its root is here, or at least a span of ours that names the request."""
         return bool(self.request_id)

@@ -123,8 +123,8 @@ class TraceRing:
         return alike[0] if alike else None
 
     def slowest(self, since_unix_ns: float, limit: int) -> list[Trace]:
-        """Requests that have ended, begun since then: the latest first token first; without one, the whole counts."""
-        found = [t for t in self.newest_first() if t.summary.ended and t.summary.start_ns >= since_unix_ns]
+        """Requests that have ended since then: the latest first token first; without one, the whole counts."""
+        found = [t for t in self.newest_first() if t.summary.ended and t.summary.end_ns >= since_unix_ns]
         return sorted(found, key=lambda trace: _lateness(trace.summary), reverse=True)[:limit]
 
     def search(self, text: str, tenant: str, only: str, limit: int) -> list[Trace]:

@@ -13,6 +13,7 @@ export function start(onTrace) {
     snapshot = data;
     map.clear(); map.clock = null; map.setNow(data.now); map.setRows(data.rows);
     take(data);
+    for (const [at, requests] of data.queue) map.setQueue(at, requests);
   });
   on("batch", data => { map.setNow(data.now); map.setRows(data.rows); take(data); map.forgetGone(data.now - 120000); });
   on("status", data => {
@@ -68,10 +69,9 @@ function controls() {
 }
 
 function note() {
-  const t = map.timing, mean = t.recent.reduce((a, b) => a + b, 0) / Math.max(1, t.recent.length);
-  const worst = t.recent.length ? Math.max(...t.recent) : 0;
+  const recent = [...map.timing.recent].sort((a, b) => a - b), of = share => recent[Math.floor(share * (recent.length - 1))] ?? 0;
   const joined = reportRuns ? `a worker's report of 100 ms gives at most ${reportRuns} spans` : "";
-  replace($("map-note"), [...map.decimation(), joined, `script per frame ${mean.toFixed(1)} ms, worst ${worst.toFixed(1)} ms`,
+  replace($("map-note"), [...map.decimation(), joined, `script per frame ${of(.5).toFixed(1)} ms (p95 ${of(.95).toFixed(1)})`,
     `per batch ${(cost.total / Math.max(1, cost.batches)).toFixed(1)} ms`].filter(Boolean).join(" · "));
 }
 
