@@ -249,11 +249,13 @@ def _lenders(views: Sequence[WorkerView], inquiry: Inquiry, policy: Policy, now:
         found.append(_Lender(source, harm))
     found.sort(key=_total_s)
     kept: list[_Lender] = []
-    least = second = math.inf
+    least: dict[object, tuple[float, float]] = {}  # the two lowest harms so far, among those whose KV is alike
     for lender in found:
+        kind = lender.source.view.kv_format
+        first, second = least.get(kind, (math.inf, math.inf))
         if lender.harm < second:
             kept.append(lender)
-            least, second = (lender.harm, least) if lender.harm < least else (least, lender.harm)
+            least[kind] = (lender.harm, first) if lender.harm < first else (first, lender.harm)
     return kept
 
 
@@ -459,7 +461,9 @@ def _plans_on(
 ) -> None:
     """Appends ``local(decode)`` and the best ``remote(p, decode)``, as far as the policy allows."""
     seat = _seat(decode, inquiry, policy, now)
-    if policy.local_prefill or not any(can_transfer(lender.source.view, decode) for lender in lenders):
+    if policy.local_prefill or not any(
+        lender.source.view is not decode and can_transfer(lender.source.view, decode) for lender in lenders
+    ):
         local = _source(decode, decode.reading(now), inquiry, policy.inflation)
         itl_s = seat.step_s / (1.0 - min(_MAX_DISTURBANCE, (seat.rho + local.extra_s) / seat.tau))
         found.append(_candidate(seat, local, None, inquiry.waited_s + local.total_s, 0.0, itl_s, 0.0, inquiry, policy))

@@ -12,6 +12,7 @@ from tandem.errors import ConfigError
 from tandem.sim import replay, tables, traces
 from tandem.sim.fleet import DECODE_CHUNK, HARDWARE
 from tandem.sim.metrics import SLOS
+from tandem.sim.picture import to_svg
 from tandem.sim.report import Figures, figures, to_html, to_json, to_text
 from tandem.sim.simulation import Timing
 from tandem.sim.study import POLICIES, Setup, simulate, slo_named, tw_goodput
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--goodput", action="store_true", help="search the highest rate at which TW attainment holds")
     add("--json", metavar="FILE", help="write all figures ('-' = standard output)")
     add("--html", metavar="FILE", help="write a page with the space-time map (of the last run)")
+    add("--svg", metavar="FILE", help="write the space-time map as a picture (of the last run)")
+    add("--window", metavar="A:B", default="", help="seconds that the picture shows (default: all)")
     add(
         "--residuals",
         action="store_true",
@@ -78,6 +81,10 @@ def run(args: argparse.Namespace) -> int:
         found.append(result)
         if args.json != "-":
             print(to_text(result), flush=True)
+        if args.svg:
+            begin, end = _window(args.window)
+            title = f"{setup.policy} on {setup.split} of {setup.hardware} (simulated), {setup.workload.name}"
+            Path(args.svg).write_text(to_svg(outcome, title, begin, end), encoding="utf-8")
         if args.html:
             Path(args.html).write_text(to_html(result, outcome, setup.slo), encoding="utf-8")
     if args.json == "-":
@@ -122,6 +129,18 @@ def _setups(args: argparse.Namespace, base: Workload) -> Iterator[Setup]:
             concurrency=args.concurrency,
             knobs=knobs,
         )
+
+
+def _window(text: str) -> tuple[float, float | None]:
+    if not text:
+        return 0.0, None
+    try:
+        begin, end = (float(part) for part in text.split(":"))
+    except ValueError as error:
+        raise ConfigError(f"--window takes two times in seconds like 20:40, not {text!r}", param="window") from error
+    if not 0.0 <= begin < end:
+        raise ConfigError(f"--window must go forward from 0 or later, not {text!r}", param="window")
+    return begin, end
 
 
 def _knob(text: str) -> tuple[str, float | int | bool]:

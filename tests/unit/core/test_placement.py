@@ -286,3 +286,16 @@ def test_what_a_prompt_does_to_the_streams_of_its_prefill_worker_counts() -> Non
     plans = decided(inquiry(16000), [target], [crowded, view("p0", Role.PREFILL)]).candidates
     remote = next(plan for plan in plans if plan.prefill is not None)
     assert remote.prefill is not None and remote.prefill.id == "p0"
+
+
+def test_who_has_nobody_to_borrow_from_prefills_by_itself_whatever_the_policy() -> None:
+    alone = view("d0")
+    asked = replace(POLICY, local_prefill=False)
+    assert decide(inquiry(4000), [alone], [alone], asked, 0.0).best is not None
+
+
+def test_the_soonest_lenders_do_not_hide_one_whose_kv_fits() -> None:
+    others = [view(f"p{i}", Role.PREFILL, dtype="float8") for i in range(3)]
+    fits = busy(view("p9", Role.PREFILL), prefill=2000)
+    plans = decided(inquiry(4000), [view("d0")], [*others, fits]).candidates
+    assert [plan.prefill.id for plan in plans if plan.prefill] == ["p9"]
