@@ -25,13 +25,15 @@ def main() -> None:
         print("error: no such option", flush=True)
         sys.exit(2)
 
-    def leave(*_: object) -> None:
+    def leave(number: int, _: object) -> None:
         with (folder / "order").open("a") as file:
             file.write(f"{name}\n")
+        (folder / f"{name}.signal").write_text(signal.Signals(number).name)
         if mode != "stubborn":
             sys.exit(0)
 
     signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
     if mode == "parent":
         child = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({LIFE_S})"])
         (folder / f"{name}.child").write_text(str(child.pid))

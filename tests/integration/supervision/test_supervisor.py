@@ -35,7 +35,13 @@ class World:
         )
 
     def stub(
-        self, name: str, mode: str = "serve", *, grace_s: float = GENEROUS_S, start_s: float = GENEROUS_S
+        self,
+        name: str,
+        mode: str = "serve",
+        *,
+        grace_s: float = GENEROUS_S,
+        start_s: float = GENEROUS_S,
+        stop_signal: signal.Signals = signal.SIGTERM,
     ) -> Child:
         async def ready() -> bool:
             return (self.folder / f"{name}.ready").exists()
@@ -43,7 +49,7 @@ class World:
         argv = [sys.executable, str(HERE / "stub.py"), mode, str(self.folder), name]
         spec = ProcessSpec(
             name=name, launch=run_directly(argv), env=dict(os.environ), ready=ready, start_timeout_s=start_s,
-            grace_s=grace_s,
+            grace_s=grace_s, stop_signal=stop_signal,
         )  # fmt: skip
         return self.supervisor.add(spec)
 
@@ -84,6 +90,23 @@ async def test_ready_means_the_probe_said_so(world: World) -> None:
     assert child.state is State.READY
     assert int((world.folder / "a.ready").read_text()) == child.pid
     assert ("a", "a begins") in world.lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_is_told_to_leave_by_its_signal(world: World, number: signal.Signals) -> None:
+    world.stub("a", stop_signal=number)
+    await world.supervisor.wait_ready(["a"])
+    await world.supervisor.stop([["a"]])
+    assert (world.folder / "a.signal").read_text() == number.name
+
+
+async def test_one_that_is_not_ready_is_told_by_sigterm(world: World) -> None:
+    """It may not listen to any other yet."""
+    world.stub("a", "never-ready", stop_signal=signal.SIGINT)
+    await until(lambda: ("a", "a begins") in world.lines)
+    await asyncio.sleep(0.3)
+    await world.supervisor.stop([["a"]])
+    assert (world.folder / "a.signal").read_text() == "SIGTERM"
 
 
 async def test_what_dies_is_started_again(world: World) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tandem.core.types import Role, WorkerAddress
-from tandem.v1 import bus_pb2
+from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import subjects
 from tandem.worker.reporter import OTHERS_BACK_S
 from tests.integration.worker.site import CLUSTER, MODEL, Site, until, words
@@ -44,6 +44,22 @@ async def test_after_an_outage_of_the_bus_what_was_said_is_said_again(site: Site
     site.abort("r2")
     site.abort("r3")
     await site.nothing_left(p, d)
+
+
+async def test_a_router_that_has_heard_nothing_for_long_is_told_what_is_known(site: Site) -> None:
+    d = await site.worker("d", step_s=0.05)
+    site.assign("d", 1, PROMPT, 3)
+    site.assign("d", 2, PROMPT, 1500)
+    await site.frontend.end(1)
+    await site.frontend.tokens_of(2, 1)
+    site.events.clear()
+    keys = [types_pb2.RequestKey(id=f"r{n}") for n in (1, 2, 3)]
+    site.send("d", bus_pb2.WorkerMessage(tell_again=bus_pb2.TellAgain(keys=keys)))
+    wanted = [("r1", "finished"), ("r2", "decoding"), ("r3", "unknown")]
+    await until(lambda: len(site.events) >= 3, "answered")
+    assert [(e.key.id, bus_pb2.Phase.Name(e.phase)[6:].lower()) for e in site.events] == wanted
+    site.abort("r2")
+    await site.nothing_left(d)
 
 
 async def test_frames_of_an_outage_are_kept_or_can_be_asked_for(site: Site) -> None:
