@@ -88,6 +88,7 @@ class Frontend:
         openai = OpenAIRoutes(self._intake)
         tokens = TokenizeRoutes(self._intake)
         embedder = Embedder(self._intake, self.cluster, traces)
+        embedder.on_end = self._metrics.embedded
         app = PostedRoutes(
             web_app(self._intake, self.readiness),
             {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from services.frontend.cluster import Cluster
@@ -36,6 +36,8 @@ class Embedder:
         self._intake = intake
         self._cluster = cluster
         self._traces = traces
+        #: Called at each one's end: (model, tenant, class, arrival, tokens, what it failed of).
+        self.on_end: Callable[[str, str, str, float, int, TandemError | None], None] = lambda *ended: None
 
     def model(self, name: str) -> ServedModel:
         """InvalidRequest for one that makes text."""
@@ -129,6 +131,8 @@ class Embedder:
             error = Cancelled("cancelled by the client")
             raise
         finally:
+            tokens = sum(map(len, prompts))
+            self.on_end(model.name, caller.tenant.name, chosen.name, arrival_s, tokens, error)
             journeys = [consumer.journey for consumer in inputs if consumer.journey is not None]
             for journey in journeys:
                 self._cluster.cancel(journey)

@@ -92,13 +92,7 @@ class FrontendMetrics:
         if error is None:
             output_tokens = usage.completion_tokens
         duration_s = now - request.arrival_s
-        code = "" if error is None else error.code
-        duration = cells.duration.get(code)
-        if duration is None:
-            duration = cells.duration[code] = self._instruments.histogram(
-                table.REQUEST_DURATION, key[0], _PROVIDER, *key[1:], code
-            )
-        duration.observe(duration_s)
+        self._took(cells, key, error, duration_s)
         cells.input_tokens.observe(usage.prompt_tokens)
         cells.output_tokens.observe(output_tokens)
         if resubmissions:
@@ -116,7 +110,27 @@ class FrontendMetrics:
         broken = "ttft" if late else "tpot" if tpot_s > cells.tpot_slo_s else ""
         self._judge(cells, error, broken, usage.prompt_tokens + output_tokens)
 
+    def embedded(
+        self, model: str, tenant: str, request_class: str, arrival_s: float, tokens: int, error: TandemError | None
+    ) -> None:
+        """A request for embeddings is over. All of its answer comes at once: that is its first token."""
+        key = (table.EMBEDDINGS, model, tenant, request_class)
+        cells = self._cells.get(key) or self._new_cells(*key)
+        duration_s = self._now() - arrival_s
+        self._took(cells, key, error, duration_s)
+        cells.input_tokens.observe(tokens)
+        self._judge(cells, error, "ttft" if duration_s > cells.ttft_slo_s else "", tokens)
+
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _took(self, cells: _Cells, key: tuple[str, str, str, str], error: TandemError | None, seconds: float) -> None:
+        code = "" if error is None else error.code
+        duration = cells.duration.get(code)
+        if duration is None:
+            duration = cells.duration[code] = self._instruments.histogram(
+                table.REQUEST_DURATION, key[0], _PROVIDER, *key[1:], code
+            )
+        duration.observe(seconds)
 
     def _judge(self, cells: _Cells, error: TandemError | None, broken: str, tokens: int) -> None:
         """``broken``: the SLO that it did not keep. Neither a client's mistake nor what it cancels before anything is

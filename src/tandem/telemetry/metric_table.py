@@ -72,7 +72,8 @@ FAILURE = Label("reason", "`claim`: not granted or not answered; `pull`: the KV 
 SERVICE = Label("service", "which service", ("frontend", "router", "prefill", "decode", "console"))
 VERSION = Label("version", "of Tandem; one value in each process")
 
-OPERATION = Label("gen_ai_operation_name", "of the request", ("chat", "text_completion", "embeddings"))
+EMBEDDINGS = "embeddings"
+OPERATION = Label("gen_ai_operation_name", "of the request", ("chat", "text_completion", EMBEDDINGS))
 PROVIDER = Label("gen_ai_provider_name", "always `tandem`", ("tandem",))
 REQUEST_MODEL = Label("gen_ai_request_model", MODEL.meaning)
 TOKEN_TYPE = Label("gen_ai_token_type", "prompt or answer", ("input", "output"))

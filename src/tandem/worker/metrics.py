@@ -60,11 +60,13 @@ class WorkerMetrics:
     def ended(self, running: Running) -> None:
         """``running`` has its finish."""
         cells = self._cells[self._worker.announcer.spec.role]
-        cells.outcomes[_OUTCOMES[end_phase(running)]].add()
+        outcome = _OUTCOMES[end_phase(running)]
+        cells.outcomes[outcome].add()
         if running.finish is not None and running.finish.error.code:
             self.refused(running.finish.error.code)
         timings = running.timings
-        if running.handed_over or (running.tokens and running.leg == bus_pb2.LEG_LOCAL):
+        computed = running.tokens or outcome == "finished"  # an embedding has no tokens
+        if running.handed_over or (computed and running.leg == bus_pb2.LEG_LOCAL):
             cells.prompt_tokens.add(running.submit.isl_tokens)
             cells.predicted_tokens.add(running.predicted_cached_tokens)
             cells.cached_tokens.add(running.cached_tokens)

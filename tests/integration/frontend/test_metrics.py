@@ -119,3 +119,13 @@ async def test_a_late_first_token_is_a_miss(start_site: StartSite) -> None:
         await chat(site, extra_body={"ttft_slo_ms": 1})
         assert judged(site) == (1, 0, 1)
         assert count(site, table.SLO_MISSES, slo="ttft") == 1
+
+
+async def test_embeddings_have_their_own_operation(start_site: StartSite) -> None:
+    async with start_site(model={"task": "embed"}) as site:
+        site.cluster.refusal = Overloaded("full")
+        with contextlib.suppress(openai.RateLimitError):
+            await site.client.embeddings.create(model=MODEL, input=["one", "two"])
+        assert judged(site) == (1, 0, 1)
+        assert count(site, table.REQUEST_DURATION, gen_ai_operation_name="embeddings", error_type="overloaded") == 1
+        assert count(site, table.TOKEN_USAGE, gen_ai_operation_name="embeddings", gen_ai_token_type="input") == 1
