@@ -368,12 +368,16 @@ async def test_a_traced_request_says_what_it_waited_for(world: World) -> None:
 
     prompts = [world.submit(rid, isl=4000, traceparent=TRACED) for rid in range(2, 12)]
     await world.until(lambda: world.router.scheduler.num_queued, "more than it has credit for")
-    for _ in range(20):
+
+    def placed() -> bool:
+        done = {span.attributes[spans.REQUEST_ID] for span in world.spans.named("queue")}
         for key in prompts:
-            world.event(key, bus_pb2.PHASE_DECODING)
-        await asyncio.sleep(0.01)
-    await world.until(lambda: len(world.spans.named("queue")) == 11, "all placed")
-    assert {str(q.attributes[spans.QUEUE_REASON]) for q in world.spans.named("queue")[1:]} & {"credit", "turn"}
+            if key.id in done:
+                world.event(key, bus_pb2.PHASE_FINISHED)
+        return len(done) == 11
+
+    await world.until(placed, "all placed")
+    assert {str(q.attributes[spans.QUEUE_REASON]) for q in world.spans.named("queue")[1:]} & {"credit", "turn", "room"}
 
 
 async def test_a_traced_request_that_is_refused_or_not_wanted_says_so(world: World) -> None:
