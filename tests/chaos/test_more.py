@@ -86,6 +86,21 @@ async def test_clients_that_leave(load: Load) -> None:
     await load.cancel(streams)
 
 
+async def test_a_worker_that_is_told_to_leave_does_so_after_its_last_stream(site: Site, load: Load) -> None:
+    mark = len(site.log())
+    streams = load.start(4, 350)  # ten seconds
+    await load.flowing(streams)
+    loads = await asyncio.to_thread(site.loads)
+    busiest = max(("decode-1", "decode-2"), key=lambda name: loads[name].load.running_requests)
+    assert loads[busiest].load.running_requests
+    pid = site.signal(busiest, signal.SIGTERM)
+    await load.all_complete()
+    await asyncio.to_thread(site.wait_restarted, busiest, pid, 60.0)
+    log = site.log()[mark:]
+    assert f"{busiest}: ended with status 0" in log
+    assert "leaving with" not in log and "is gone: aborting" not in log
+
+
 async def test_calls_that_come_when_a_frontend_leaves_are_not_called_cancelled(site: Site, load: Load) -> None:
     """Each of many clients asks again at once; gRPC's own way to stop would end what it has not begun as CANCELLED."""
 
