@@ -162,6 +162,13 @@ def compare(args: argparse.Namespace, all_seen: Sequence[Seen], jobs: Sequence[J
     for name, was, found in rows:
         print(f"{name:<24} {1e3 * was:10.1f} {1e3 * found:13.1f} {found / was:7.2f}")
     print(f"TTFT of each request, simulated over real: median {each:.2f}")
+    if args.each:
+        for seen, job in zip(all_seen, jobs, strict=True):
+            where = job.plan.prefill_worker if job.plan else None
+            print(
+                f"  at {seen.offered.arrival_s:6.1f} s, {seen.offered.isl_tokens:5} tokens: {1e3 * seen.ttft_s:7.0f} "
+                f"ms, simulated {1e3 * (job.ttft_s or 0.0):7.0f} ({where or 'by itself'})"
+            )
     off = [abs(found / was - 1.0) for name, was, found in rows if name in ("TTFT, median", "ITL, median")]
     good = max(off) <= args.within
     print(f"medians of TTFT and ITL within {args.within:.0%}: {'yes' if good else 'NO'} (worst {max(off):.1%})")
@@ -176,6 +183,7 @@ def main() -> int:
     add("--rate", type=float, default=0.5, metavar="R", help="mean requests/s")
     add("--median", type=int, default=320, metavar="N", help="prompt tokens in the middle")
     add("--longest", type=int, default=2048, metavar="N")
+    add("--each", action="store_true", help="print every request's times to the first token, too")
     add("--within", type=float, default=0.2)
     add("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -66,10 +66,10 @@ class Queue:
         self._folder = folder
         self._known: set[RequestKey] = set()
 
-    def waits(self, request_class: str) -> list[float]:
-        """Of the requests of a class that were placed since the last call, sorted."""
+    def waits(self, request_class: str) -> list[tuple[float, float]]:
+        """(time of arrival, wait) of the requests of a class that were placed since the last call, by arrival."""
         submitted: dict[RequestKey, tuple[str, float]] = {}
-        found = []
+        found: list[tuple[float, float]] = []
         for path in self._folder.glob("*.jsonl"):
             for line in record.read(path):
                 if isinstance(line, record.Submitted):
@@ -79,13 +79,23 @@ class Queue:
                         if decision.kind == "place" and decision.key not in self._known:
                             self._known.add(decision.key)
                             name, at = submitted[decision.key]
-                            found += [line.at - at] if name == request_class else []
+                            found += [(at, line.at - at)] if name == request_class else []
         return sorted(found)
+
+
+def alone(arrivals: list[float]) -> list[float]:
+    """How long each would wait for a free worker if there were no other class."""
+    free, waits = [0.0] * WORKERS, []
+    for at in arrivals:
+        begin = max(at, min(free))
+        free[free.index(min(free))] = begin + PREFILL_S
+        waits.append(begin - at)
+    return waits
 
 
 async def top_class_is_steady(site: Site, seconds: float) -> bool:
     print("1. top class at 0.4 of the capacity, beside background work")
-    print(f"   {'background':>12} {'requests':>9} {'wait p50':>9} {'p99 ms':>7} {'TTFT p50':>9} {'p99 ms':>7}")
+    print(f"   {'background':>12} {'requests':>9} {'wait p50':>9} {'p99 ms':>7} {'added p99':>10} {'TTFT p50 ms':>12}")
     queue, worst = Queue(site.folder / RECORDED), dict[float, float]()
     for factor in (0.0, 1.0, 3.0, 10.0):
         async with Clients(site.grpc, seed=int(factor)) as clients:
@@ -95,22 +105,26 @@ async def top_class_is_steady(site: Site, seconds: float) -> bool:
             await asyncio.gather(*load)
             await asyncio.sleep(2.0)  # the record is written every second
             found = ttfts([each for each in clients.asked if each.request_class == "top"])
-            waits = queue.waits("top")
-            worst[factor] = percentile(waits, 0.99)
-        times = [median(waits), worst[factor], median(found), percentile(found, 0.99)]
-        cells = " ".join(f"{1e3 * t:{width}.0f}" for t, width in zip(times, (9, 7, 9, 7), strict=True))
+            seen = queue.waits("top")
+            waits = sorted(wait for _, wait in seen)
+            without = alone([at for at, _ in seen])
+            added = sorted(wait - least for (_, wait), least in zip(seen, without, strict=True))
+            worst[factor] = max(0.0, percentile(added, 0.99))
+        times = [median(waits), percentile(waits, 0.99), worst[factor], median(found)]
+        cells = " ".join(f"{1e3 * t:{width}.0f}" for t, width in zip(times, (9, 7, 10, 12), strict=True))
         print(f"   {factor:11.0f}x {len(waits):9} {cells}", flush=True)
         await settled(site)
     moved = max(worst.values()) - worst[0.0]
-    print(f"   p99 of the wait moved by {1e3 * moved:.0f} ms at most; allowed {1e3 * SLACK_S:.0f} ms: two prompts")
+    print("   added: to what the same arrivals would wait if there were no other class")
+    print(f"   its p99 moved by {1e3 * moved:.0f} ms at most; allowed {1e3 * SLACK_S:.0f} ms: two prompts")
     return moved <= SLACK_S
 
 
 async def background_gets_its_share(site: Site, seconds: float) -> bool:
     print(f"2. top class at twice the capacity; background work is promised {MIN_SHARE:.0%}")
     async with Clients(site.grpc, seed=2) as clients:
-        load = asyncio.create_task(clients.arrive(2.0 * CAPACITY, 2.0 * seconds + WINDOW_S, "ann", "top"))
-        await asyncio.sleep(0.5 * WINDOW_S)  # what waits is the top class's
+        load = asyncio.create_task(clients.arrive(2.0 * CAPACITY, 2.0 * seconds + 2.0 * WINDOW_S, "ann", "top"))
+        await asyncio.sleep(1.5 * WINDOW_S)  # what waits is the top class's, and what was served
         for _ in range(int(MIN_SHARE * 2.0 * CAPACITY * 3.0 * seconds)):
             clients.ask("bob", "batch")
         await asyncio.sleep(0.5 * WINDOW_S)
