@@ -270,3 +270,24 @@ def test_a_tenant_that_waits_by_choice_is_overtaken_by_a_bound() -> None:
     fleet.run(until=100.0)
     largest = 1000 + 2 * 256  # as charged before anyone knows how long the answer is
     assert max(apart) <= Policy().overtake_tokens + 2 * largest
+
+
+def test_nothing_with_an_slo_starts_where_the_streams_would_miss_theirs() -> None:
+    """60 prompts, and a TPOT SLO that one worker keeps for part of them only: the others wait until some have ended."""
+    classes = {"c": RequestClass(name="c", ttft_slo_s=60.0, tpot_slo_s=0.024)}
+
+    def at_once(limit: float) -> int:
+        fleet = VirtualFleet(
+            [spec("d0", Role.DECODE)], classes=classes, policy=Policy(tpot_limit=limit), report_every_s=0
+        )
+        for i in range(60):
+            fleet.submit(request(f"r{i}", isl=500, osl=200))
+        running: list[int] = []
+        fleet.after_poll = lambda fleet: running.append(len(fleet.placed) - len(fleet.finished))
+        fleet.run(until=59.0)
+        assert not fleet.refused
+        assert len(fleet.finished) == 60
+        return max(running)
+
+    assert at_once(1.1) < 50
+    assert at_once(1e9) == 60
