@@ -178,7 +178,7 @@ async def _timed(begin: Callable[[], object], done: Callable[[], bool], announce
             break
     else:
         async with asyncio.timeout(30):
-            while not done():  # noqa: ASYNC110 - a thread tokenises
+            while not done():  # a thread tokenises
                 await asyncio.sleep(0.002)
                 announce()
     return time.process_time() - started
