@@ -15,6 +15,7 @@ from tandem.models.prepare import Progress, resolve_model
 
 #: For JetStream's files, sockets and logs.
 _ROOM_BYTES = 256 << 20
+_LEAST_TOKEN = 16
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -55,10 +56,12 @@ def _check_port(kind: str, host: str, port: int, setting: str) -> None:
 def check_console(deployment: Deployment, token: str) -> None:
     """ConfigError where the console would show everybody's requests to the network."""
     console = deployment.console
+    if console.enabled and token and len(token) < _LEAST_TOKEN:
+        raise ConfigError(f"TANDEM_CONSOLE_TOKEN must have {_LEAST_TOKEN} characters at least", param="console_token")
     if console.enabled and console.host not in _LOOPBACK and not token:
         raise ConfigError(
             f"the console shows everybody's requests: on {console.host} it needs TANDEM_CONSOLE_TOKEN in the "
-            "environment (16 characters at least), or `console: {enabled: false}` in the deployment file",
+            f"environment ({_LEAST_TOKEN} characters at least), or `console: {{enabled: false}}` in the deployment file",
             param="console.host",
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tandem.adapters import deployment as deployment_file
-from tandem.adapters.deployment import Deployment, Endpoint
+from tandem.adapters.deployment import Console, Deployment, Endpoint
 from tandem.cli import preflight
 from tandem.cli.deployments import Overrides, default, overridden
 from tandem.errors import ConfigError
@@ -89,3 +89,21 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "_ROOM_BYTES", 1 << 62)
     with pytest.raises(ConfigError, match="XDG_STATE_HOME"):
         preflight.check_room(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("host", "token", "complaint"),
+    [
+        ("127.0.0.1", "", None),
+        ("0.0.0.0", "a-token-of-some-length", None),
+        ("0.0.0.0", "", "TANDEM_CONSOLE_TOKEN"),
+        ("127.0.0.1", "short", "16 characters"),
+    ],
+)
+def test_a_console_beyond_loopback_needs_a_token(host: str, token: str, complaint: str | None) -> None:
+    wanted = default().model_copy(update={"console": Console(host=host)})
+    if complaint is None:
+        preflight.check_console(wanted, token)
+    else:
+        with pytest.raises(ConfigError, match=complaint):
+            preflight.check_console(wanted, token)
