@@ -39,7 +39,7 @@ up: setup  ## start a cluster in the foreground; Ctrl-C ends it
 test: setup-dev  ## checks, then all tests, the quick ones first
 	@$(PY) scripts/check.py
 	@$(PY) -m pytest $(SUITES)
-	@$(PY) -m tests.containers
+	@$(PY) -m tests.containers --light
 
 check: setup-dev  ## ruff, mypy, import-linter, buf, generated code and pages up to date
 	@$(PY) scripts/check.py

@@ -39,6 +39,9 @@ RUN --mount=type=bind,source=deploy/wheels,target=/wheels \
         --extra-index-url ${TORCH_INDEX_URL} -r torch.lock \
  && pip --python /venv/bin/python install --no-cache-dir --find-links /wheels --no-deps \
         -r engine-cpu.lock -r model.lock
+# vLLM imports it, and pins it by way of base.lock.
+RUN --mount=type=bind,source=deploy/wheels,target=/wheels \
+    pip --python /venv/bin/python install --no-cache-dir --find-links /wheels --no-deps -c base.lock setuptools
 
 FROM ${PYTHON_IMAGE} AS engine-sim
 COPY --from=packages /venv /venv
