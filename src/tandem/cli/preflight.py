@@ -61,7 +61,7 @@ def check_console(deployment: Deployment, token: str) -> None:
     if console.enabled and console.host not in _LOOPBACK and not token:
         raise ConfigError(
             f"the console shows everybody's requests: on {console.host} it needs TANDEM_CONSOLE_TOKEN in the "
-            f"environment ({_LEAST_TOKEN} characters at least), or `console: {{enabled: false}}` in the deployment file",
+            f"environment ({_LEAST_TOKEN} characters at least), or `console: {{enabled: false}}` in the file",
             param="console.host",
         )
 
