@@ -186,13 +186,13 @@ def _case_of(line: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("sim", "vllm"), default="sim")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
     parser.add_argument("--page", type=Path, help="also put the table into this page")
     parser.add_argument("--keep", type=Path, help="folder for the cluster's log where a case failed")
     args = parser.parse_args()
-    cases = [case for case in CASES if args.only.lower() in case.name.lower()]
+    cases = [case for case in CASES if re.search(args.only, case.name, re.IGNORECASE)]
     if not cases:
-        parser.error(f"no case contains {args.only!r}; there are: {'; '.join(case.name for case in CASES)}")
+        parser.error(f"no case has {args.only!r}; there are: {'; '.join(case.name for case in CASES)}")
     with tempfile.TemporaryDirectory(prefix="tandem-faults-") as scratch:
         folder = args.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
