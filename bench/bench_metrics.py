@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
@@ -99,9 +100,13 @@ async def measured() -> dict[str, float]:
     one = ended(generations, request)
     error = Overloaded("full")
     counter, histogram = Counter(), Histogram(table.TIME_TO_FIRST_TOKEN.buckets)
+    library_counter = prometheus_client.Counter("a", "a", registry=None)
+    library_histogram = prometheus_client.Histogram("b", "b", buckets=table.TIME_TO_FIRST_TOKEN.buckets, registry=None)
     found = {
         "one counter": microseconds(lambda: counter.add()),
         "one histogram": microseconds(lambda: histogram.observe(0.3)),
+        "the library's counter": microseconds(lambda: library_counter.inc()),
+        "the library's histogram": microseconds(lambda: library_histogram.observe(0.3)),
         "frontend, a request's end": microseconds(lambda: metrics.ended(one)),
         "frontend, an error told": microseconds(lambda: metrics.told(error)),
     }

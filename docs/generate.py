@@ -262,7 +262,9 @@ deployment file (`model`, `tenant`, `class`) or of the lists below; anything els
     sum(rate(tandem_good_requests_total{class="interactive"}[5m]))
       / sum(rate(tandem_offered_requests_total{class="interactive"}[5m]))
 
-A request with several answers has the TTFT of the first that begins, and a TPOT over their mean length."""
+A request with several answers has the TTFT of the first that begins, and a TPOT over their mean length.
+
+What all this costs, `python -m bench.bench_metrics` prints; why it is made as it is: `docs/decisions/metrics-cells.md`."""
 
 METRIC_PARTS: list[tuple[str, tuple[str, ...]]] = [
     ("Frontend", metric_table.FRONTEND),
