@@ -5,8 +5,8 @@
 `tandem up` with two simulated engines, on which a prompt takes 0.2 s, so that ten requests a second are all that the
 cluster can do; two routers; everything through the frontend. Status 1 if a claim does not hold:
 
-1. The top class's wait does not move as background work goes from nothing to ten times the capacity (beyond what a
-   prompt that has already begun takes: engines are not interrupted).
+1. The top class's wait does not move as background work goes from nothing to ten times the capacity, beyond two
+   prompts: one that has begun is finished first, and one that is owed its share may be in the way of another.
 2. Background work gets its guaranteed share in every window while the top class alone would fill the cluster twice.
 3. Two tenants that both wait are served by weight at every moment, within the bound of the scheduler.
 4. The order holds over the death (kill -9) of the leading router: who waited first in order is served first, and the
@@ -39,8 +39,6 @@ CAPACITY = WORKERS / PREFILL_S
 #: Over which a minimum share holds: policy.share_window_s.
 WINDOW_S = Policy().share_window_s
 MIN_SHARE, WEIGHTS = 0.1, {"ann": 3.0, "bob": 1.0}
-#: A prompt that has begun is finished first; a background one that is owed its share may be in the way of another.
-SLACK_S = 2.0 * PREFILL_S
 #: Of one request, as charged at its placement: input, and output twice.
 LARGEST = PROMPT + 2.0 * OUTPUT
 
@@ -65,9 +63,13 @@ class Queue:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known: set[RequestKey] = set()
+        #: Seconds from each placement to the end of its prompt, of all classes: sorted.
+        self.took: list[float] = []
 
     def waits(self, request_class: str) -> list[tuple[float, float]]:
         """(time of arrival, wait) of the requests of a class that were placed since the last call, by arrival."""
+        placed: dict[RequestKey, float] = {}
+        took: dict[RequestKey, float] = {}
         submitted: dict[RequestKey, tuple[str, float]] = {}
         found: list[tuple[float, float]] = []
         for path in self._folder.glob("*.jsonl"):
@@ -76,19 +78,23 @@ class Queue:
                     submitted[line.request.key] = (line.request.request_class, line.at)
                 elif isinstance(line, record.Polled):
                     for decision in line.decisions:
+                        placed[decision.key] = line.at
                         if decision.kind == "place" and decision.key not in self._known:
                             self._known.add(decision.key)
                             name, at = submitted[decision.key]
                             found += [(at, line.at - at)] if name == request_class else []
+                elif isinstance(line, record.DecodeStarted) and line.key in placed:
+                    took.setdefault(line.key, line.at - placed[line.key])
+        self.took = sorted(took.values())
         return sorted(found)
 
 
-def alone(arrivals: list[float]) -> list[float]:
+def alone(arrivals: list[float], prompt_s: float) -> list[float]:
     """How long each would wait for a free worker if there were no other class."""
     free, waits = [0.0] * WORKERS, []
     for at in arrivals:
         begin = max(at, min(free))
-        free[free.index(min(free))] = begin + PREFILL_S
+        free[free.index(min(free))] = begin + prompt_s
         waits.append(begin - at)
     return waits
 
@@ -107,7 +113,7 @@ async def top_class_is_steady(site: Site, seconds: float) -> bool:
             found = ttfts([each for each in clients.asked if each.request_class == "top"])
             seen = queue.waits("top")
             waits = sorted(wait for _, wait in seen)
-            without = alone([at for at, _ in seen])
+            without = alone([at for at, _ in seen], median(queue.took))
             added = sorted(wait - least for (_, wait), least in zip(seen, without, strict=True))
             worst[factor] = max(0.0, percentile(added, 0.99))
         times = [median(waits), percentile(waits, 0.99), worst[factor], median(found)]
@@ -116,8 +122,12 @@ async def top_class_is_steady(site: Site, seconds: float) -> bool:
         await settled(site)
     moved = max(worst.values()) - worst[0.0]
     print("   added: to what the same arrivals would wait if there were no other class")
-    print(f"   its p99 moved by {1e3 * moved:.0f} ms at most; allowed {1e3 * SLACK_S:.0f} ms: two prompts")
-    return moved <= SLACK_S
+    slack = 2.0 * percentile(queue.took, 0.9)
+    print(
+        f"   its p99 moved by {1e3 * moved:.0f} ms at most; allowed {1e3 * slack:.0f} ms: two prompts, at what nine of"
+    )
+    print(f"   ten took at most (in the middle {1e3 * median(queue.took):.0f} ms)")
+    return moved <= slack
 
 
 async def background_gets_its_share(site: Site, seconds: float) -> bool:
