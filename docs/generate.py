@@ -264,7 +264,7 @@ deployment file (`model`, `tenant`, `class`) or of the lists below; anything els
 
 A request with several answers has the TTFT of the first that begins, and a TPOT over their mean length.
 
-`python -m bench.bench_metrics` prints what all this costs; `docs/decisions/metrics-cells.md` says why it is as it is."""
+`python -m bench.bench_metrics` prints what it costs; `docs/decisions/metrics-cells.md` says why it is as it is."""
 
 METRIC_PARTS: list[tuple[str, tuple[str, ...]]] = [
     ("Frontend", metric_table.FRONTEND),
