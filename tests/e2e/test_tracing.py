@@ -40,8 +40,11 @@ def cluster(receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory) ->
         ],
         "policy": {"local_prefill": False},
     }
-    # The collector's address in both ways in which it can be given; of the second vLLM would make an exporter itself.
-    env = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": receiver.endpoint}
+    # Of this variable vLLM's core would make an exporter itself.
+    env = {
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": receiver.endpoint,
+        "OTEL_TRACES_SAMPLER": "parentbased_always_on",
+    }
     with Cluster(deployment, tmp_path_factory.mktemp("cluster"), env=env).start(180) as made:
         yield made
 

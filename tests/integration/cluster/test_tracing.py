@@ -46,7 +46,8 @@ def site(receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory) -> It
         {"name": "hasty", "timeout_s": 1.0},
         {"name": "eager", "ttft_slo_s": 0.001, "best_effort": True},
     ]
-    site = Site(wanted, tmp_path_factory.mktemp("traced"), env={"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint})
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_TRACES_SAMPLER": "parentbased_always_on"}
+    site = Site(wanted, tmp_path_factory.mktemp("traced"), env=env)
     site.start(START_S)
     try:
         yield site
@@ -113,7 +114,8 @@ def test_a_disaggregated_request_is_one_trace(site: Site, receiver: OtlpReceiver
     services = {span.name: (span.service, span.instance) for span in (root, route, prefill, transfer, decode)}
     assert services[root.name][0] == "tandem-frontend" and tokenize.service == "tandem-frontend"
     assert services["route"] == ("tandem-router", "router")
-    assert services["prefill"] == ("tandem-prefill", "prefill-1")
+    # Workers that decode prefill for others, too.
+    assert services["prefill"][1] == route.attributes["tandem.prefill.worker"] != decode.instance
     assert services["decode"] == services["kv_transfer"]
     assert services["decode"][0] == "tandem-decode"
 
@@ -139,12 +141,12 @@ def test_a_disaggregated_request_is_one_trace(site: Site, receiver: OtlpReceiver
     assert root.attributes["tandem.attempts"] == 1
     assert [event.name for event in root.events] == ["placed", "first_token"]
 
-    check_placement(route, decode.instance)
+    check_placement(route, prefill.instance, decode.instance)
     assert queue.attributes["tandem.queue.reason"] in table.QUEUE_REASONS
     cached = prefill.attributes["gen_ai.usage.cache_read.input_tokens"]
     computed = prefill.attributes["tandem.computed_tokens"]
     assert cached + computed == usage["prompt_tokens"] and computed > 0
-    assert transfer.attributes["tandem.kv.bytes"] > 0 and transfer.attributes["tandem.kv.source"] == "prefill-1"
+    assert transfer.attributes["tandem.kv.bytes"] > 0 and transfer.attributes["tandem.kv.source"] == prefill.instance
     assert 0 < transfer.attributes["tandem.kv.pull_ms"] <= (transfer.end_ns - transfer.start_ns) / 1e6 + 1
     assert decode.attributes["gen_ai.usage.output_tokens"] == 12
     itl = [decode.attributes[f"tandem.itl_{which}_ms"] for which in ("p50", "p90", "p99", "max")]
@@ -154,16 +156,17 @@ def test_a_disaggregated_request_is_one_trace(site: Site, receiver: OtlpReceiver
     assert secret not in str(receiver.spans()), "no text of a prompt is in a span"
 
 
-def check_placement(route: Span, decode_worker: str) -> None:
+def check_placement(route: Span, prefill_worker: str, decode_worker: str) -> None:
     about = route.attributes
-    assert (about["tandem.leg"], about["tandem.prefill.worker"]) == ("prefill", "prefill-1")
+    assert (about["tandem.leg"], about["tandem.prefill.worker"]) == ("prefill", prefill_worker)
     assert about["tandem.decode.worker"] == decode_worker
     candidates = about["tandem.candidates.decode_worker"]
-    assert sorted(candidates) == ["decode-1", "decode-2"] and about["tandem.route.num_candidates"] == 2
+    assert set(candidates) >= {"decode-1", "decode-2"} and about["tandem.route.num_candidates"] == len(candidates)
     for term in table.CANDIDATE_TERMS.values():
         assert len(about[term]) == len(candidates), term
     chosen = about["tandem.candidates.chosen"]
     assert candidates[chosen] == decode_worker
+    assert about["tandem.candidates.prefill_worker"][chosen] == prefill_worker
     assert about["tandem.candidates.score"][chosen] == min(about["tandem.candidates.score"])
     assert about["tandem.candidates.ttft_ms"][chosen] == about["tandem.route.predicted_ttft_ms"] > 0
     assert decode_worker in about["tandem.route.summary"]
@@ -222,7 +225,8 @@ def test_a_slow_request_is_traced_after_the_fact(site: Site, receiver: OtlpRecei
     for before, after in ((queue, prefill), (prefill, transfer), (transfer, decode)):
         assert after.attributes["tandem.reconstructed"] is True
         assert before.end_ns <= after.start_ns + 20 * JITTER_NS
-    assert prefill.attributes["tandem.worker"] == transfer.attributes["tandem.kv.source"] == "prefill-1"
+    assert prefill.attributes["tandem.worker"] == transfer.attributes["tandem.kv.source"]
+    assert transfer.attributes["tandem.kv.source"] != decode.attributes["tandem.worker"]
     assert transfer.attributes["tandem.kv.bytes"] > 0
     assert prefill.attributes["tandem.computed_tokens"] > 0
     assert decode.attributes["gen_ai.usage.output_tokens"] == 20
