@@ -52,6 +52,7 @@ class Fleet:
         self._reports = {name: [self._report(name) for _ in range(VARIANTS)] for name in self.names}
         self._running: dict[str, list[str]] = {name: [] for name in self.names}
         self._count = 0
+        self.reports = 0
 
     def _report(self, name: str) -> bytes:
         prefill, rng = name.startswith("prefill"), self._rng
@@ -83,13 +84,17 @@ class Fleet:
         slices = 10
         turn, began = 0, time.monotonic()
         while True:
+            self.reports += len(self.names) // slices
             for name in self.names[turn % slices :: slices]:
                 data = self._reports[name][(turn // slices + len(name)) % VARIANTS]
                 self._bus.publish(subjects.load(CLUSTER, name), data)
                 if self._rng.random() < 0.15:
                     self._lifecycle(name)
             turn += 1
-            await asyncio.sleep(max(0.0, began + turn * 0.1 / slices - time.monotonic()))
+            due = began + turn * 0.1 / slices
+            # A machine that cannot keep up gets fewer reports, and says so (`reports_per_s`).
+            began += max(0.0, time.monotonic() - due - 0.2)
+            await asyncio.sleep(max(0.001, due - time.monotonic()))
 
     def _lifecycle(self, name: str) -> None:
         running, events = self._running[name], []
@@ -141,7 +146,17 @@ async def main() -> None:
         url = f"http://127.0.0.1:{console.http_port}/"
         figures = await measured(url, args.chromium, args.seconds, args.screenshot)
         share = (time.process_time() - cpu) / (time.monotonic() - began)
-        print(json.dumps({**about(args.workers), **figures, "console_and_fleet_cpu_share": round(share, 2)}, indent=1))
+        print(
+            json.dumps(
+                {
+                    **about(args.workers),
+                    **figures,
+                    "reports_per_s": round(fleet.reports / (time.monotonic() - began)),
+                    "console_and_fleet_cpu_share": round(share, 2),
+                },
+                indent=1,
+            )
+        )
     finally:
         await console.close()
         for task in running:
