@@ -95,10 +95,10 @@ class Cell:
 
 
 def slow_deployment() -> dict[str, Any]:
-    """A prompt of 2,000 tokens takes two seconds to compute and two to move."""
+    """A prompt of 2,000 tokens takes two seconds to compute and five to move."""
     wanted = deployment(decode=1)
     kv_bytes = 131072
-    link = 1000 * kv_bytes
+    link = 400 * kv_bytes
     slow = {
         "step_s": 0.05,
         "max_num_seqs": 16,
@@ -132,7 +132,7 @@ async def cancelled_in(site: Site, stage: str, protocol: str, within_s: float) -
     way = PROTOCOLS[protocol]
     async with Load(site.addresses, SimAnswers(), way=way, timeout_s=60.0) as load:
         streams = load.start(3 if stage == "router's queue" else 1, 400, isl=(2000, 2000))
-        await _until(lambda: _at(site, stage), 20.0, f"a request in {stage}")
+        await _until(lambda: _at(site, stage), 60.0, f"a request in {stage}")
         await load.cancel(streams)
         took, found = await gone(site, within_s)
     return Cell(stage, protocol, took, found)

@@ -39,6 +39,8 @@ SAMPLE_S = 10.0
 #: Longer than finished requests and fences are remembered.
 REST_S = 65.0
 START_S = 90.0
+#: From an emptied prefix cache to an emptied index, also on a machine that is too busy to answer Redis in time.
+EMPTIED_S = 10.0
 #: Of 100 requests: so many are cancelled at a random moment.
 CANCELLED = 20
 CANCEL_WITHIN_S = 3.0
@@ -127,7 +129,7 @@ class Probe:
         await asyncio.sleep(rest_s)
         for worker in self._site.workers():
             await asyncio.to_thread(flush, worker["grpc"])
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(EMPTIED_S)
         return await self.sample()
 
 
