@@ -6,7 +6,7 @@ what it does to the request (``r1``, its time to the first token over the target
 d and on p (``r2``, their inter-token latency over the target, the *TPOT guard*), and by the worker time that it adds
 (``effort``, over the TTFT target):
 
-    score = r1^2 + r2^2 + 200*max(0, r1-0.8) + 200*max(0, r2-0.85) + 50*max(0, kv-0.95) + 0.1*r1 + effort    lowest wins
+    score = r1^2 + r2^2 + 200*max(0, r1-0.8) + 200*max(0, r2-0.85) + 50*max(0, kv-0.95) + 0.03*r1 + effort   lowest wins
 
 Effort makes roles emerge where workers have none: a stream beside others costs its share of their steps, the first one
 on a worker whole steps. So streams gather on as few workers as the guard allows, and the rest is free to prefill; a

@@ -65,7 +65,7 @@ class Policy:
     remote_prefill: bool = _knob(True, "prefill workers may prefill for decode workers")
     flexible: bool = _knob(True, "decode workers may prefill for each other, as prefill workers do for them")
     effort: float = _knob(1.0, "weight of the worker time that a plan adds, as a share of the TTFT target")
-    haste: float = _knob(0.1, "weight of the predicted first token, of its target: matters where all targets are far")
+    haste: float = _knob(0.03, "weight of the predicted first token, of its target: matters where all targets are far")
     # late binding
     credit_s: float = _knob(0.1, "a worker gets work while its predicted pending prefill is below this, seconds")
     kv_share: float = _knob(0.9, "share of a worker's KV blocks that may be reserved")

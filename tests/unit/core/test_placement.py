@@ -108,7 +108,7 @@ def test_the_terms_are_those_of_the_design() -> None:
         r1, r2, kv = plan.row[6], plan.row[7], plan.row[5]
         harm = 200 * max(0, r1 - 0.8) + 200 * max(0, r2 - 0.85) + 50 * max(0, kv - 0.95)
         assert plan.row[8] == pytest.approx(1e3 * effort)
-        assert plan.score == pytest.approx(r1**2 + r2**2 + harm + 0.1 * r1 + effort / 1.5)
+        assert plan.score == pytest.approx(r1**2 + r2**2 + harm + 0.03 * r1 + effort / 1.5)
         assert r1 == pytest.approx(plan.row[0] / 1500)
         assert r2 == pytest.approx(plan.row[4] / 50)
 
