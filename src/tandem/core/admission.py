@@ -220,6 +220,8 @@ class Admission:
         if not name:
             tenant = self._tenants.get(request.tenant)
             name = (tenant.request_class if tenant else "") or self._default_class
+        if name not in self._classes and request.key.attempt > 0:
+            name = self._default_class  # it was there when the request came first
         if name not in self._classes:
             raise InvalidRequest(f"no request class {name!r}; there are: {', '.join(self._classes)}", param="class")
         return self._classes[name]

@@ -36,7 +36,7 @@ class Fleet:
         self.generation = 0  # rises when the set of usable workers, or a role, changes
         self.reserved: dict[str, RequestKey] = {}  # decode worker -> who waits for room on it
         self.openings = 0  # times that a worker got credit
-        self.standings = Standings(Standing(next_step_s), Standing(backlog_s))
+        self.standings = Standings(Standing(next_step_s), Standing(backlog_s), Standing(backlog_s))
         self._open: set[str] = set()  # has credit, by the last look
         self._dirty: set[str] = set()  # has changed since
         self._credit_times: list[tuple[float, str]] = []
@@ -108,7 +108,8 @@ class Fleet:
         self.reserved = {worker: key for worker, key in self.reserved.items() if worker in held}
         self._dirty.update(self.views)
         self.standings.decoders.reset(self.decoders)
-        self.standings.prefillers.reset(self.prefillers)
+        self.standings.prefillers.reset(v for v in self.prefillers if v.role is Role.PREFILL)
+        self.standings.lenders.reset(v for v in self.prefillers if v.role is not Role.PREFILL)
         self._rank()
 
     def _rank(self) -> None:

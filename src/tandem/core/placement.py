@@ -30,8 +30,8 @@ from typing import NamedTuple
 from tandem.core.accounting import Reading, WorkerView
 from tandem.core.policy import Policy
 from tandem.core.slo import Targets
-from tandem.core.standing import Standing, next_step_s
-from tandem.core.types import CandidateScore, Explanation, Plan, Request, RequestKey
+from tandem.core.standing import Standing, next_step_s, streams_step_s
+from tandem.core.types import CandidateScore, Explanation, Plan, Request, RequestKey, Role
 
 _STEEP = 200.0
 _KV_STEEP = 50.0
@@ -60,7 +60,8 @@ def suffix_context(isl: int, cached: int) -> float:
 
 class Standings(NamedTuple):
     decoders: Standing
-    prefillers: Standing
+    prefillers: Standing  # by role
+    lenders: Standing  # of the decoders, those that may prefill for others
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,12 @@ class Candidate(NamedTuple):
     @property
     def plan(self) -> Plan:
         return Plan(self.decode.id, self.prefill.id if self.prefill else None)
+
+    @property
+    def disturbs_nobody(self) -> bool:
+        """No streams run where it decodes, and none where it prefills."""
+        lender = self.prefill
+        return self.decode.idle and (lender is None or not lender.own_sequences + lender.foreign_sequences)
 
     @property
     def itl_s(self) -> float:
@@ -299,10 +306,10 @@ def decide(
         able_d = _able(decoders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, excluded)
     if able_d and prefillers and policy.remote_prefill and may_be_remote(request):
         if standings is not None and len(prefillers) > _LARGE * count:
-            able_p, more = _first_able(
-                standings.prefillers, inquiry, request.isl_tokens, share, {}, 2 * count, excluded
-            )
-            partial = partial or more
+            for standing in (standings.prefillers, standings.lenders):
+                found_p, more = _first_able(standing, inquiry, request.isl_tokens, share, {}, 2 * count, excluded)
+                able_p += found_p
+                partial = partial or more
         else:
             able_p = _able(prefillers, inquiry, request.isl_tokens, share, {}, excluded)
     if len(able_d) > policy.exact_candidates:
@@ -319,7 +326,8 @@ def decide(
     candidates.sort(key=_score_of)
     if rng is not None:
         _break_tie(candidates, rng)
-    return Decision(tuple(candidates), tuple(excluded), found > len(candidates), partial)
+    # A worker that may take either part is looked at twice.
+    return Decision(tuple(candidates), tuple(dict.fromkeys(excluded)), found > len(candidates), partial)
 
 
 def _total_s(lender: _Lender) -> float:
@@ -415,12 +423,19 @@ def _promising_decoders(views: list[WorkerView], inquiry: Inquiry, count: int) -
 
 
 def _promising_prefillers(views: list[WorkerView], inquiry: Inquiry, count: int) -> list[WorkerView]:
-    """Those with the least to compute before the prompt is done, roughly."""
+    """Those with the least to compute before the prompt is done, roughly, and the least to disturb; half of the places
+    are for prefill workers by role, which a fleet of idle lenders must not crowd out."""
     cached = inquiry.cached.get
     isl = inquiry.request.isl_tokens
-    return heapq.nsmallest(
-        count, views, key=lambda v: v.perf.p1 * (v.own_tokens + v.foreign_tokens + isl - cached(v.id, 0))
-    )
+
+    def cost(view: WorkerView) -> float:
+        tokens = view.own_tokens + view.foreign_tokens + isl - cached(view.id, 0)
+        return view.perf.p1 * tokens + streams_step_s(view)
+
+    by_role = heapq.nsmallest(count // 2, (v for v in views if v.role is Role.PREFILL), key=cost)
+    taken = {view.id for view in by_role}
+    rest = heapq.nsmallest(count - len(by_role), (v for v in views if v.id not in taken), key=cost)
+    return sorted(by_role + rest, key=_id_of)
 
 
 class _Seat(NamedTuple):

@@ -364,7 +364,7 @@ class Scheduler:
             return best
         if inquiry.waited_s >= self.policy.hold_s:
             for candidate in decision.candidates:
-                harmless = candidate.itl_of_target <= 1.0 or candidate.decode.idle
+                harmless = candidate.itl_of_target <= 1.0 or candidate.disturbs_nobody
                 if candidate.pending_s < inquiry.credit_s and harmless and self._paced(candidate, inquiry):
                     return candidate
         return None
@@ -372,7 +372,7 @@ class Scheduler:
     def _paced(self, candidate: Candidate, inquiry: Inquiry) -> bool:
         """With an SLO it waits rather than start where the streams would miss theirs by it."""
         late = inquiry.targets.binding and candidate.itl_of_target > self.policy.tpot_limit
-        return not late or candidate.decode.idle
+        return not late or candidate.disturbs_nobody
 
     def _decide(self, inquiry: Inquiry, now: float, rng: random.Random | None) -> Decision:
         fleet = self._fleet

@@ -20,8 +20,17 @@ def next_step_s(view: WorkerView) -> float:
 
 
 def backlog_s(view: WorkerView) -> float:
-    """Of a prefill worker, roughly: until a typical prompt would be done."""
-    return view.perf.p1 * (view.own_tokens + view.foreign_tokens + _TYPICAL_ISL)
+    """Of a worker that may prefill, roughly: until a typical prompt would be done, and what its streams wait."""
+    return view.perf.p1 * (view.own_tokens + view.foreign_tokens + _TYPICAL_ISL) + streams_step_s(view)
+
+
+def streams_step_s(view: WorkerView) -> float:
+    """A decode step of the streams that a worker has; 0 = it has none. What lending it costs grows with that."""
+    batch = view.own_sequences + view.foreign_sequences
+    if not batch:
+        return 0.0
+    perf = view.perf
+    return perf.d0 + perf.d1 * batch + perf.d2 * (view.own_kv_tokens + view.foreign_kv_tokens)
 
 
 class Standing:

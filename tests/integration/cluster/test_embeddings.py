@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import socket
 import time
 from array import array
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import openai
 import pytest
+from google.protobuf import json_format
 
 from tandem.enginemodel.content import hashed_embedding
 from tandem.v1 import inference_pb2, inference_pb2_grpc, router_pb2, router_pb2_grpc
@@ -117,6 +120,14 @@ def test_grpc(site: Site, client: openai.OpenAI) -> None:
         with pytest.raises(grpc.RpcError) as refused:
             stub.Embed(inference_pb2.EmbedRequest(model=EMBED), timeout=30)
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_the_readmes_call_works(site: Site) -> None:
+    readme = (Path(__file__).parents[3] / "services" / "frontend" / "README.md").read_text()
+    (body,) = re.findall(r"grpcurl -plaintext -d '(.+)' localhost:9000 tandem\.v1\.InferenceService/Embed", readme)
+    request = json_format.Parse(body.replace('"EMBEDDER"', f'"{EMBED}"'), inference_pb2.EmbedRequest())
+    with grpc.insecure_channel(site.grpc) as channel:
+        assert len(inference_pb2_grpc.InferenceServiceStub(channel).Embed(request, timeout=30).embeddings) == 2
 
 
 def test_many_at_once_while_a_worker_dies(site: Site, client: openai.OpenAI) -> None:

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from tandem.core.accounting import Booking, WorkerView
 from tandem.core.perf_model import PerfModel
-from tandem.core.placement import Candidate, Decision, Inquiry, decide, disturbance_window_s, suffix_context
+from tandem.core.placement import Candidate, Decision, Inquiry, Standings, decide, disturbance_window_s, suffix_context
 from tandem.core.policy import Policy
 from tandem.core.profiles import PROFILES
 from tandem.core.slo import Targets
+from tandem.core.standing import Standing, backlog_s, next_step_s
 from tandem.core.types import RequestKey, Role
 from tests.unit.core.virtual_fleet import PROFILE, request, spec
 
@@ -299,3 +300,34 @@ def test_the_soonest_lenders_do_not_hide_one_whose_kv_fits() -> None:
     fits = busy(view("p9", Role.PREFILL), prefill=2000)
     plans = decided(inquiry(4000), [view("d0")], [*others, fits]).candidates
     assert [plan.prefill.id for plan in plans if plan.prefill] == ["p9"]
+
+
+@pytest.mark.parametrize("size", [12, 60])
+def test_many_lenders_do_not_crowd_out_prefill_workers(size: int) -> None:
+    """In the order of ids all decode workers come first, and none of them has a prompt pending."""
+    decoders = [busy(view(f"d{i:02}"), streams=25) for i in range(size)]
+    prefillers = [view(f"p{i}", Role.PREFILL) for i in range(4)]
+    standings = Standings(Standing(next_step_s), Standing(backlog_s), Standing(backlog_s))
+    standings.decoders.reset(decoders)
+    standings.prefillers.reset(prefillers)
+    standings.lenders.reset(decoders)
+    lending = decide(inquiry(), decoders, decoders + prefillers, POLICY, 0.0, standings=standings).best
+    dedicated = decided(inquiry(), decoders, prefillers).best
+    assert lending is not None and dedicated is not None
+    assert lending.score <= dedicated.score
+    assert lending.prefill is not None and lending.prefill.role is Role.PREFILL
+
+
+def test_a_plan_whose_lender_has_streams_disturbs_somebody() -> None:
+    idle, lending = view("d1"), busy(view("d0"), streams=30)
+    plans = decided(inquiry(), [idle], [lending]).candidates
+    assert [(c.prefill is not None, c.disturbs_nobody) for c in plans if c.decode is idle and c.prefill] == [
+        (True, False)
+    ]
+    assert all(c.disturbs_nobody for c in plans if c.prefill is None)
+
+
+def test_a_worker_that_may_take_either_part_is_left_out_once() -> None:
+    full = busy(view("d0"), streams=view("d0").spec.max_num_seqs)
+    decision = decided(inquiry(), [full, view("d1")], [full, view("d1")])
+    assert len([worker for worker, _ in decision.excluded if worker == "d0"]) == 1

@@ -16,7 +16,7 @@ from tests.unit.core.test_placement import POLICY, busy, inquiry, view
 
 
 def standings(decoders: list, prefillers: list) -> Standings:  # type: ignore[type-arg]
-    made = Standings(Standing(next_step_s), Standing(backlog_s))
+    made = Standings(Standing(next_step_s), Standing(backlog_s), Standing(backlog_s))
     made.decoders.reset(decoders)
     made.prefillers.reset(prefillers)
     return made

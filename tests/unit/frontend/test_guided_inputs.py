@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.parametrize("target", ["parsers", "bodies"])
 def test_nothing_found_by_guided_inputs_fails(target: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.fuzz.guided", "--target", target, "--runs", "1500"]
+    command = [sys.executable, "-m", "tests.fuzz.guided", "--target", target, "--runs", "3000"]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=110)
     assert done.returncode == 0, done.stderr[-4000:].decode(errors="replace")
-    assert b"Done 1500 runs" in done.stderr
+    assert b"Done 3000 runs" in done.stderr
