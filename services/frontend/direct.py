@@ -147,6 +147,8 @@ class _Exchange:
 
     def fail(self, error: TandemError) -> None:
         self._failure = error
+        # The rest of the request may never come, and nothing waits for it any more.
+        self.keep_alive = False
         self._parts.clear()
         self.complete()
 
