@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from services.frontend.tokenizer import Tokenizer
 
 _Utf8 = getincrementaldecoder("utf-8")
+#: Tokens whose text may wait for others. A character's bytes are at most four.
+_MAX_HELD = 8
 
 
 class Detokenizer:
@@ -77,35 +79,37 @@ class _Windowed(Detokenizer):
     """For tokenizers whose text of a token depends on its neighbours (SentencePiece's leading space).
 
     Decodes a short window twice, with and without what is new: the difference is the new text. The window starts
-    at a place where text was complete, so its cost does not grow with the output. Bytes that never become a character
-    may come out otherwise than from all tokens at once: such a decoder then rewrites the whole run of bytes.
+    at a place where text was complete, and text is held back for a few tokens only, so its cost does not grow with the
+    output. Bytes that never become a character may come out otherwise than from all tokens at once: such a decoder then
+    rewrites the whole run of bytes.
     """
 
-    __slots__ = ("_ids", "_read", "_skipped", "_start", "_tokenizer")
+    __slots__ = ("_ids", "_read", "_skipped", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._skipped = skipped
-        self._ids: list[int] = []
-        self._start = 0  # of the window
-        self._read = 0  # tokens whose text is out
+        self._ids: list[int] = []  # of the window
+        self._read = 0  # those of them whose text is out
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
         self._ids.append(token_id)
         new = self._new_text()
-        if not new or new.endswith("\N{REPLACEMENT CHARACTER}"):
+        unsettled = not new or new.endswith("\N{REPLACEMENT CHARACTER}")
+        if unsettled and len(self._ids) - self._read <= _MAX_HELD:
             return ""
-        self._start, self._read = self._read, len(self._ids)
+        del self._ids[: self._read]
+        self._read = len(self._ids)
         return new
 
     def finish(self) -> str:
         return self._new_text()
 
     def _new_text(self) -> str:
-        known = self._decode(self._ids[self._start : self._read])
-        return self._decode(self._ids[self._start :])[len(known) :]
+        known = self._decode(self._ids[: self._read])
+        return self._decode(self._ids)[len(known) :]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

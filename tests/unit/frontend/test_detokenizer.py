@@ -64,6 +64,25 @@ def test_windowed_any_tokens(windowed: Tokenizer, ids: list[int]) -> None:
     assert "".join(pieces(windowed, ids)) == windowed.decode(ids)
 
 
+def test_bytes_that_are_no_character_cost_the_same_all_along(
+    windowed: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = 0
+    decode = Tokenizer.decode
+
+    def counting(self: Tokenizer, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(self, ids, skip_special_tokens=skip_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "decode", counting)
+    (broken,) = windowed.ids_of(["<0x80>"])
+    out = pieces(windowed, [broken] * 1_000)
+    assert decoded < 1_000 * 50
+    assert "".join(out) == "\ufffd" * 1_000
+    assert len(out[-1]) < 20, "it was all held back to the end"
+
+
 @pytest.mark.parametrize("text", ["👩‍👩‍👧", "naïve café 你好", "a😀b"])
 def test_characters_come_out_whole(byte_level: Tokenizer, windowed: Tokenizer, text: str) -> None:
     for tokenizer in (byte_level, windowed):
