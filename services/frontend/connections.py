@@ -11,11 +11,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEADER_BYTES = 64 << 10
 #: Answered to longer ones; uvicorn's parser has no limit, and no way to say so.
 _TOO_LONG = b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_AROUND_A_HEADER = len(b": \r\n")
+
+
+class _TooLong(Exception):
+    """Stops the parser."""
 
 
 class Connection(HttpToolsProtocol):
-    """Closed when a request's headers take longer than ``header_timeout_s`` or 64 KiB, or when ``write_timeout_s``
-    pass in which nothing could be written.
+    """Closed when a request's headers take longer than ``header_timeout_s``, when they and its trailers have more than
+    64 KiB, or when ``write_timeout_s`` pass in which nothing could be written.
 
     The second bounds what a reader that has stopped may hold: uvicorn's ``send`` waits for it, the generation's queue
     has a bound, and after this time the connection is cut, which wakes both.
@@ -24,8 +29,11 @@ class Connection(HttpToolsProtocol):
     def __init__(self, *args: Any, header_timeout_s: float, write_timeout_s: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._headers = _Deadline(self, header_timeout_s)
-        self._writing = _Deadline(self, write_timeout_s)
+        self._writing = _WriteDeadline(self, write_timeout_s)
+        #: Of this request's line and headers, and of its trailers.
         self._header_bytes = 0
+        #: Received since the parser last told of something whole.
+        self.untold_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,18 +45,48 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self.untold_bytes += len(data)
         super().data_received(data)
-        if not self._headers.running:
-            self._header_bytes = 0
-        elif (size := self._header_bytes + len(data)) > MAX_HEADER_BYTES:
-            self.transport.write(_TOO_LONG)
-            self.transport.close()
+        if self._header_bytes + self.untold_bytes > MAX_HEADER_BYTES:
+            self._refuse()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where the parser has stopped; it does so for ``_TooLong`` too."""
+        if self._header_bytes > MAX_HEADER_BYTES:
+            self._refuse()
         else:
-            self._header_bytes = size
+            super().send_400_response(msg)
+
+    def _refuse(self) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:  # else it would stand in the midst of an answer
+            self.transport.write(_TOO_LONG)
+        self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._header_bytes = self.untold_bytes = 0
         self._headers.start()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Of a trailer as well."""
+        self._count(len(name) + len(value) + _AROUND_A_HEADER)
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self.untold_bytes = 0
+        self._header_bytes += size
+        if self._header_bytes > MAX_HEADER_BYTES:
+            raise _TooLong
+
+    def on_body(self, body: bytes) -> None:
+        self.untold_bytes = 0
+        super().on_body(body)
 
     def on_headers_complete(self) -> None:
         self.headers_are_complete()
@@ -76,18 +114,33 @@ class _Deadline:
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
 
-    @property
-    def running(self) -> bool:
-        return self._timer is not None
-
     def start(self) -> None:
         self.stop()
-        self._timer = self._connection.loop.call_later(self._seconds, self._connection.transport.abort)
+        self._timer = self._connection.loop.call_later(self._seconds, self.over)
+
+    def over(self) -> None:
+        self._connection.transport.abort()
 
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class _WriteDeadline(_Deadline):
+    """Begins anew where some of what waited has left: a steady reader may take its time for a long answer."""
+
+    __slots__ = ("_waiting",)
+
+    def start(self) -> None:
+        self._waiting = self._connection.transport.get_write_buffer_size()
+        super().start()
+
+    def over(self) -> None:
+        if self._connection.transport.get_write_buffer_size() < self._waiting:
+            self.start()
+        else:
+            super().over()
 
 
 def options(kind: type[Connection] = Connection, **options: Any) -> dict[str, Any]:

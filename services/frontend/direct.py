@@ -59,6 +59,7 @@ class DirectConnection(Connection):
     def on_body(self, body: bytes) -> None:
         cycle: object = self.cycle
         if type(cycle) is _Exchange:
+            self.untold_bytes = 0
             cycle.feed(body)
         else:
             super().on_body(body)

@@ -1,4 +1,4 @@
-"""Connections whose clients never come to an end: each is closed, and in time."""
+"""Connections whose clients never come to an end: each is closed."""
 
 from __future__ import annotations
 
@@ -32,3 +32,16 @@ async def test_an_answer_before_the_requests_end_is_the_connections_last(
             head, *lines = (await reader.read()).splitlines()  # to the end of the connection
     assert head.startswith(b"HTTP/1.1 " + status)
     assert b"connection: close" in lines
+
+
+async def test_trailers_that_never_end(site: Site) -> None:
+    sent = 0
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.frontend.http_port)
+    with contextlib.closing(writer), contextlib.suppress(ConnectionError):
+        writer.write(POST + b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\n")
+        while sent < 50_000_000 and not reader.at_eof():
+            writer.write(b"x-more: " + b"y" * 8_000 + b"\r\n")
+            sent += 8_000
+            async with asyncio.timeout(20):
+                await writer.drain()
+    assert sent < 20_000_000, "it went on reading"
