@@ -87,15 +87,15 @@ class Frontend:
         self._metrics.watch_tokenizers({name: m.tokenizer.fell_back for name, m in self._intake.models.items()})
         openai = OpenAIRoutes(self._intake)
         tokens = TokenizeRoutes(self._intake)
-        embedder = Embedder(self._intake, self.cluster, traces)
-        embedder.on_end = self._metrics.embedded
+        self._embedder = Embedder(self._intake, self.cluster, traces)
+        self._embedder.on_end = self._metrics.embedded
         app = PostedRoutes(
             web_app(self._intake, self.readiness),
             {
                 "/v1/chat/completions": openai.chat,
                 "/v1/completions": openai.completions,
                 "/v1/responses": openai.responses,
-                "/v1/embeddings": EmbeddingsRoute(embedder).embeddings,
+                "/v1/embeddings": EmbeddingsRoute(self._embedder).embeddings,
                 "/tokenize": tokens.tokenize,
                 "/detokenize": tokens.detokenize,
             },
@@ -123,7 +123,7 @@ class Frontend:
             wanted.grpc.port if settings.grpc_port < 0 else settings.grpc_port,
             max_request_bytes=wanted.limits.max_body_bytes,
         )
-        self._service = InferenceService(self._intake, self.generations, embedder, self._metrics.told)
+        self._service = InferenceService(self._intake, self.generations, self._embedder, self._metrics.told)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._service, self._grpc.server)
         self._socket: socket.socket | None = None
 
@@ -192,7 +192,9 @@ class Frontend:
         log.info("leaving: %d requests open", len(self.generations))
         # Who asks from now on hears why, and may go elsewhere. gRPC calls hear it up to the end: its own way to stop
         # ends those that it has not begun as CANCELLED, which clients do not send again.
-        self.generations.refuse(Leaving("this server is leaving"))
+        error = Leaving("this server is leaving")
+        self.generations.refuse(error)
+        self._embedder.refuse(error)
         await self._grpc.set_serving(False)
         await asyncio.sleep(LAME_DUCK_S)
         self._http.should_exit = True

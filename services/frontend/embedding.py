@@ -36,8 +36,13 @@ class Embedder:
         self._intake = intake
         self._cluster = cluster
         self._traces = traces
+        self._refusal: TandemError | None = None
         #: Called at each one's end: (model, tenant, class, arrival, tokens, what it failed of).
         self.on_end: Callable[[str, str, str, float, int, TandemError | None], None] = lambda *ended: None
+
+    def refuse(self, error: TandemError) -> None:
+        """None begins from now on."""
+        self._refusal = error
 
     def model(self, name: str) -> ServedModel:
         """InvalidRequest for one that makes text."""
@@ -91,7 +96,10 @@ class Embedder:
         request_class: str | None,
         arrival_s: float,
     ) -> Embeddings:
-        """Raises the error of the first input that fails. Whoever cancels this cancels all of it."""
+        """Raises the error of the first input that fails, or what was given to ``refuse``. Whoever cancels this
+        cancels all of it."""
+        if self._refusal is not None:
+            raise self._refusal
         chosen = self._intake.tenants.request_class(caller.tenant, request_class)
         timeout_s = chosen.timeout_s if caller.timeout_s is None else min(chosen.timeout_s, caller.timeout_s)
         salt = self._intake.tenants.cache_salt(caller.tenant)

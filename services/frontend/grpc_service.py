@@ -92,10 +92,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def Embed(
         self, request: inference_pb2.EmbedRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.EmbedResponse:
+        self.open += 1
         try:
             return await self._embed(request, context)
         except TandemError as error:
             return await self._refuse(context, error)
+        finally:
+            self.open -= 1
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]

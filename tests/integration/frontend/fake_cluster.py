@@ -78,6 +78,13 @@ class FakeCluster:
             finish.error.CopyFrom(codec.error_to_wire(error))
             self._say(submit.frontend, bus_pb2.TokenFrame(worker=self._ref, finishes=[finish]))
 
+    def embed_running(self, vector: bytes) -> None:
+        """Every running request ends with ``vector``."""
+        for key in list(self.running):
+            submit = self.running.pop(key)
+            finish = bus_pb2.Finish(rid=submit.rid, reason=types_pb2.FINISH_REASON_STOP, embedding=vector)
+            self._say(submit.frontend, bus_pb2.TokenFrame(worker=self._ref, finishes=[finish]))
+
     # -- the router ------------------------------------------------------------------------------------------------
 
     async def _announce(self) -> None:

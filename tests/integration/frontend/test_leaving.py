@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 
+import grpc
 import httpx
 import openai
 import pytest
 
 from examples.grpc_client import TandemClient
+from services.frontend.app import LAME_DUCK_S
 from tandem import errors
+from tandem.adapters.grpc_errors import error_of
+from tandem.v1 import inference_pb2, inference_pb2_grpc
 from tests.integration.frontend.conftest import MODEL, Site, StartSite
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -30,6 +35,27 @@ async def test_calls_that_come_meanwhile_are_refused_as_unavailable(site: Site) 
         await stopping
     assert refused.value.retryable
     assert first.text + rest == "slowly but surely to the end"
+
+
+async def test_embeddings_over_grpc_end_in_peace_and_new_ones_are_refused(start_site: StartSite) -> None:
+    wanted = inference_pb2.EmbedRequest(model=MODEL, inputs=[inference_pb2.EmbedInput(text="abc")])
+    async with (
+        start_site(model={"task": "embed"}) as site,
+        grpc.aio.insecure_channel(f"127.0.0.1:{site.frontend.grpc_port}") as channel,
+    ):
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Embed(wanted, timeout=30.0)
+        await site.until(lambda: site.cluster.running)
+        stopping = asyncio.create_task(site.frontend.stop())
+        await site.until(lambda: not site.frontend.readiness()["ready"])
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Embed(wanted, timeout=10.0)
+        await asyncio.sleep(4 * LAME_DUCK_S)
+        assert not stopping.done(), "it left with an answer open"
+        site.cluster.embed_running(array("f", [1.0, 2.0]).tobytes())
+        assert list((await call).embeddings[0].values) == [1.0, 2.0]
+        await stopping
+    assert isinstance(error_of(refused.value), errors.Leaving)
 
 
 async def test_requests_on_open_connections_get_503_and_its_reason(site: Site) -> None:
