@@ -3,7 +3,8 @@
 For the call that every request makes, the router's look-up: no pool, lock, task or timer per call, and hiredis reads
 the replies, which takes a third to a fifth of redis-py's CPU (docs/decisions/library-clients.md). Calls are answered in
 their order; when the first of them is not within ``timeout_s``, all that wait fail with StoreUnavailable and the
-connection is given up. The next call makes a new one.
+connection is given up. The next call makes a new one: one attempt for all who wait, and none for a moment after it
+failed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from tandem.adapters.clock import monotonic
 from tandem.adapters.redis_script import Argument, Script
 from tandem.errors import InternalError, StoreUnavailable
 
+#: After an attempt to connect that failed, calls fail like it for so long.
+_PAUSE_S = 0.5
 #: Its stub knows commands of one word only.
 _pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
 #: Beginnings of error replies of a server that cannot serve now.
@@ -35,7 +38,9 @@ class RedisPipe:
         self._options: dict[str, Any] = dict(parse_url(url))
         self._timeout_s = timeout_s
         self._connection: _Connection | None = None
-        self._connecting = asyncio.Lock()
+        self._attempt: asyncio.Task[_Connection] | None = None
+        self._failure = ""
+        self._failed_at = float("-inf")
         self._closed = False
 
     async def run(self, script: Script, keys: Sequence[str], *args: Argument) -> Any:
@@ -52,18 +57,34 @@ class RedisPipe:
         return await connection.ask(_pack(command))
 
     async def _connect(self) -> _Connection:
-        async with self._connecting:
-            if self._closed:
-                raise StoreUnavailable("the connection to Redis is closed")
-            if self._connection is None or self._connection.lost:
-                try:
-                    async with asyncio.timeout(self._timeout_s):
-                        self._connection = await self._open()
-                except TimeoutError:
-                    raise StoreUnavailable(f"Redis did not answer within {self._timeout_s:g} s") from None
-                except OSError as error:
-                    raise StoreUnavailable(f"Redis is not reachable: {error}") from None
-            return self._connection
+        if self._closed:
+            raise StoreUnavailable("the connection to Redis is closed")
+        if self._attempt is None:
+            if monotonic() - self._failed_at < _PAUSE_S:
+                raise StoreUnavailable(self._failure)
+            self._attempt = asyncio.create_task(self._try_to_connect(), name="redis-connect")
+        return await asyncio.shield(self._attempt)  # one who leaves takes it from nobody else
+
+    async def _try_to_connect(self) -> _Connection:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection = await self._open()
+        except TimeoutError:
+            self._failure = f"Redis did not answer within {self._timeout_s:g} s"
+        except OSError as error:
+            self._failure = f"Redis is not reachable: {error}"
+        except StoreUnavailable as error:
+            self._failure = error.message
+        else:
+            if not self._closed:
+                self._connection = connection
+                return connection
+            connection.give_up("closed")
+            self._failure = "the connection to Redis is closed"
+        finally:
+            self._attempt = None
+        self._failed_at = monotonic()
+        raise StoreUnavailable(self._failure)
 
     async def _open(self) -> _Connection:
         loop, options = asyncio.get_running_loop(), self._options
@@ -79,11 +100,15 @@ class RedisPipe:
             context = _tls(options) if "SSL" in options.get("connection_class", object).__name__ else None
             _, connection = await loop.create_connection(make, host, port, ssl=context)
         user, password, database = options.get("username"), options.get("password"), options.get("db", 0)
-        if password:
-            login = ("AUTH", user, password) if user else ("AUTH", password)
-            _checked(await connection.ask(_pack(login)), "AUTH")
-        if database:
-            _checked(await connection.ask(_pack(("SELECT", database))), "SELECT")
+        try:
+            if password:
+                login = ("AUTH", user, password) if user else ("AUTH", password)
+                _checked(await connection.ask(_pack(login)), "AUTH")
+            if database:
+                _checked(await connection.ask(_pack(("SELECT", database))), "SELECT")
+        except BaseException:
+            connection.give_up("login failed")
+            raise
         return connection
 
     def close(self) -> None:
