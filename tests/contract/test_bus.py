@@ -353,6 +353,44 @@ async def test_a_server_that_answers_no_ping_is_left(server: NatsServer) -> None
     await bus.close()
 
 
+async def test_a_flush_that_meets_the_loss_throws_no_backlog_away() -> None:
+    connections: list[asyncio.StreamWriter] = []
+    arrived = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        first = len(connections) == 1
+        writer.write(b'INFO {"max_payload":1048576}\r\n')
+        seen = b""
+        while data := await reader.read(1 << 16):
+            seen = seen[-20:] + data
+            if b"PING\r\n" in seen:
+                seen = b""
+                writer.write(b"PONG\r\n")
+                if first:
+                    return  # and reads no more
+            if b"the end" in seen:
+                arrived.set()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    bus = await NatsBus.connect(f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    try:
+        for _ in range(60):  # more than the system's buffers take
+            bus.publish("a.b", bytes(500_000))
+            await asyncio.sleep(0)
+        bus.publish("a.b", b"the end")
+        flushing = asyncio.create_task(bus.flush(timeout_s=LONG_S))
+        await asyncio.sleep(0.1)
+        assert not flushing.done()
+        connections[0].transport.abort()
+        with pytest.raises(BusUnavailable, match="went away"):
+            await flushing
+        await asyncio.wait_for(arrived.wait(), LONG_S)
+    finally:
+        await bus.close()
+        server.close()
+
+
 async def test_nobody_there() -> None:
     with pytest.raises(BusUnavailable, match=r"127\.0\.0\.1:1\b"):
         await NatsBus.connect("nats://user:secret@127.0.0.1:1", options=NatsOptions(connect_timeout_s=0.3))

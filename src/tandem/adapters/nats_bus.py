@@ -180,6 +180,8 @@ class NatsBus:
                     if connection is None or self._closed:
                         raise BusUnavailable("the bus is closed")
                     await connection.keeps_up.wait()
+                    if not connection.usable:
+                        raise BusUnavailable("NATS went away: what is buffered waits for it")
                     self._write_out()
                     if not self._out:
                         break
@@ -205,8 +207,8 @@ class NatsBus:
     def _write_out(self) -> None:
         self._write_scheduled = False
         connection = self._connection
-        if not self._out or connection is None or not connection.keeps_up.is_set():
-            return
+        if not self._out or connection is None or not connection.usable or not connection.keeps_up.is_set():
+            return  # it stays for the next connection, or for when this one keeps up
         data = b"".join(self._out)
         self._out.clear()
         self._out_bytes = 0

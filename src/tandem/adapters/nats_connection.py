@@ -85,6 +85,11 @@ class Connection(asyncio.Protocol):
         self.write(protocol.PING)
         return waiter
 
+    @property
+    def usable(self) -> bool:
+        """What is written may still arrive."""
+        return self.transport is not None and not self.transport.is_closing() and not self.lost.done()
+
     def write(self, data: bytes) -> None:
         if self.transport is not None and not self.transport.is_closing():
             self.transport.write(data)
@@ -103,12 +108,12 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         reason = self._last_error or (str(exc) if exc is not None else "closed by the server")
-        self.keeps_up.set()  # nobody need wait for that any more
         if not self.info.done():
             self.info.set_exception(ConnectionError(reason))
             self.info.exception()  # read here, so that an abandoned attempt leaves no warning
         if not self.lost.done():
             self.lost.set_result(reason)
+        self.keeps_up.set()  # nobody need wait for that any more
         for waiter in self._pongs:
             if not waiter.done():
                 waiter.set_exception(BusUnavailable(f"NATS went away: {reason}"))
