@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import logging
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -74,7 +75,7 @@ class FrontendCounts:
     async def _look(self, url: str) -> None:
         try:
             counts = counts_of(await asyncio.to_thread(_fetch, url))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if url not in self._away:
                 log.warning("no metrics from %s: %s", url, error)
             self._away.add(url)
