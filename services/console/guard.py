@@ -104,10 +104,16 @@ class Guard:
 
 def _name(host: str) -> str:
     """The host of a Host header, without its port."""
-    return urlsplit("//" + host).hostname or ""
+    try:
+        return urlsplit("//" + host).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _same_origin(headers: Headers) -> bool:
     """Browsers say from where a request comes; programs do not, and need not."""
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host", "")
+    try:
+        return origin is None or urlsplit(origin).netloc == headers.get("host", "")
+    except ValueError:
+        return False

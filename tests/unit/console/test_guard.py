@@ -43,6 +43,8 @@ def test_another_sites_page_is_refused() -> None:
     asked = client()
     assert asked.post("/api/traces", headers={"origin": "http://evil.example"}).status_code == 403
     assert asked.post("/api/traces", headers={"origin": "null"}).status_code == 403
+    assert asked.post("/api/traces", headers={"origin": "http://["}).status_code == 403
+    assert asked.post("/api/traces", headers={"host": "["}).status_code == 421
     assert asked.post("/api/traces", headers={"origin": "http://127.0.0.1:8400"}).status_code == 200
 
 
