@@ -25,7 +25,7 @@ RUNS_OF_FEW, RUNS_OF_MANY = 8, 3
 _ALL_SPANS = 240_000
 _MOST_SPANS, _LEAST_SPANS = 8000, 200
 _MOST_SEGMENTS = 400
-#: A worker that reports nothing to do for so long has forgotten none of its requests: we have missed their end.
+#: Where more requests are open than the worker reports throughout such a time, we have missed the end of the others.
 _FORGOTTEN_MS = 2000.0
 
 STATES = ("idle", "busy", "draining", "silent", "gone")
@@ -70,7 +70,9 @@ class Row:
     kv_share: float = 0.0
     handoffs: int = 0
     span_end: float = 0.0
-    nothing_since: float | None = None
+    #: More are open here than reported since then, and how many more at least.
+    surplus_since: float | None = None
+    surplus: int = 0
     spans: deque[Span] = field(default_factory=deque)
     segments: deque[Segment] = field(default_factory=lambda: deque(maxlen=_MOST_SEGMENTS))
     open: dict[str, Segment] = field(default_factory=dict)
@@ -135,7 +137,7 @@ class Activity:
             row.role = role
             self._delta.rows.append(row.meta())
         self._delta.loads[row.index] = row.load()
-        self._forget_what_ended_unheard(row, busy, at)
+        self._forget_what_ended_unheard(row, at)
         self._trim(row, at)
 
     def events(self, batch: bus_pb2.LifecycleEvents, at: float) -> None:
@@ -243,13 +245,18 @@ class Activity:
         for name in list(row.open):
             self._close(row, name, _UNKNOWN, at)
 
-    def _forget_what_ended_unheard(self, row: Row, busy: bool, at: float) -> None:
-        if busy or not row.open:
-            row.nothing_since = None
-        elif row.nothing_since is None:
-            row.nothing_since = at
-        elif at - row.nothing_since > _FORGOTTEN_MS:
-            self._close_all(row, at)
+    def _forget_what_ended_unheard(self, row: Row, at: float) -> None:
+        surplus = len(row.open) - row.running - row.waiting - row.handoffs
+        if surplus <= 0:
+            row.surplus_since = None
+        elif row.surplus_since is None:
+            row.surplus_since, row.surplus = at, surplus
+        else:
+            row.surplus = min(row.surplus, surplus)
+            if at - row.surplus_since > _FORGOTTEN_MS:
+                for name in list(row.open)[: row.surplus]:  # the oldest
+                    self._close(row, name, _UNKNOWN, at)
+                row.surplus_since = None
 
     def _add_span(self, row: Row, span: Span) -> None:
         if span.kind != TRANSFER:

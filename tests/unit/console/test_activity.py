@@ -169,3 +169,13 @@ def test_an_slo_without_a_first_token_is_missed() -> None:
     assert Slo(ttft_s=0.5).met(0.4, 99.0) is True
     assert Slo(tpot_s=0.05).met(None, 0.06) is False
     assert Slo().met(9.0, 9.0) is None
+
+
+def test_ends_that_were_missed_are_noticed_on_a_worker_that_stays_busy() -> None:
+    activity = Activity(60_000)
+    activity.load(report("d"), 0.0)
+    for i in range(5):
+        activity.events(events("d", (f"r{i}", bus_pb2.PHASE_DECODING)), 10.0 + i)
+    for at in range(100, 3000, 100):
+        activity.load(report("d", running=2), float(at))
+    assert [segment.request for segment in activity.in_flight] == ["r3", "r4"]
