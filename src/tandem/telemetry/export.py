@@ -133,11 +133,16 @@ class OtlpSink:
 
         self._translate = _translation(self._made_resource())
         for destination in self._destinations:
-            exporter = _Counted(_exporter(destination))
+            try:
+                exporter = _Counted(_exporter(destination))
+                processor = BatchSpanProcessor(
+                    cast("SpanExporter", exporter), schedule_delay_millis=destination.delay_ms
+                )
+            except Exception as error:  # of whatever kind the SDK raises for a wrong OTEL_* variable: the others go on
+                log.error("no traces to %s: %s", destination.endpoint or "the OTLP endpoint", error or repr(error))
+                continue
             self._exporters.append(exporter)
-            self._processors.append(
-                BatchSpanProcessor(cast("SpanExporter", exporter), schedule_delay_millis=destination.delay_ms)
-            )
+            self._processors.append(processor)
 
     def _flush_waiting(self) -> None:
         self._started = True
