@@ -250,7 +250,7 @@ def parse(text: str, *, source: str = "deployment file") -> Deployment:
     """ConfigError with the place of each mistake, in words."""
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the latter two: 2020-13-45, and [[[[...
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source}: expected a mapping with `models`, found {type(data).__name__}")
