@@ -9,6 +9,7 @@ from tandem.telemetry import spans as names
 
 #: Terms besides the first token that a score weighs, said of (chosen, other).
 _OTHER_COSTS = {
+    "effort_ms": "{:.0f} ms of worker time instead of {:.0f}",
     "itl_ms": "{:.1f} ms per token instead of {:.1f}",
     "kv_share": "{:.0%} of KV instead of {:.0%}",
 }

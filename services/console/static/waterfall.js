@@ -24,7 +24,7 @@ function head(t) {
     h("p.note", {}, `trace ${t.trace_id}, ${t.name}`, t.why && t.why !== "sampled" ? `; kept because it was ${t.why}` : "", t.dropped_spans ? `; ${t.dropped_spans} spans beyond 512 are left out` : ""));
 }
 
-const TERMS = { ttft_ms: ["first token", "ms"], waited_ms: ["waited", "ms"], prefill_ms: ["prefill", "ms"], transfer_ms: ["transfer", "ms"], itl_ms: ["per token", "ms"], kv_share: ["KV", "%"], ttft_of_target: ["of TTFT target", "%"], itl_of_target: ["of ITL target", "%"] };
+const TERMS = { ttft_ms: ["first token", "ms"], waited_ms: ["waited", "ms"], prefill_ms: ["prefill", "ms"], transfer_ms: ["transfer", "ms"], itl_ms: ["per token", "ms"], kv_share: ["KV", "%"], ttft_of_target: ["of TTFT target", "%"], itl_of_target: ["of ITL target", "%"], effort_ms: ["effort", "ms"] };
 function placement(p, index, count) {
   const terms = Object.keys(TERMS).filter(term => p.candidates.some(c => c.terms[term] !== undefined));
   const cell = (c, term) => { const v = c.terms[term]; return v === undefined ? "–" : TERMS[term][1] === "%" ? percent(v) : time(v / 1000); };
