@@ -126,7 +126,11 @@ def _scheduler(settings: RouterSettings, deployment: Deployment, model: Model, r
         yield Scheduler(policy, classes=classes, tenants=tenants, rng=random.Random(seed), profiles=profiles)
         return
     recording = recording_for(
-        Path(folder).expanduser(), model.name, router, clock.unix_milliseconds(), deployment.record.max_mb << 20
+        Path(folder).expanduser(),
+        model.name,
+        settings.instance,
+        clock.unix_milliseconds(),
+        deployment.record.max_mb << 20,
     )
     log.info("%s: decisions are recorded in %s", model.name, recording.path)
     with contextlib.closing(recording):

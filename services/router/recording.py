@@ -66,9 +66,11 @@ class Recording:
             log.error("recording %s is not whole: %s", self.path, error)
 
 
-def recording_for(folder: Path, model: str, router: str, started_ms: int, max_bytes: int) -> Recording:
-    """A file of this router's and model's own; of their older ones the newest stay. ConfigError as ``Recording``."""
-    stem = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", name) for name in (router, model))
+def recording_for(folder: Path, model: str, instance: str, started_ms: int, max_bytes: int) -> Recording:
+    """A file of this router's and model's own; of their older ones the newest stay. ConfigError as ``Recording``.
+
+    ``instance``: the router's lasting name. Those without one, whose names are new at each start, count as one."""
+    stem = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", name) for name in (instance or "router", model))
     # Times in milliseconds have as many digits for the next 200 years: names sort by age.
     for old in sorted(folder.glob(f"{stem}-[0-9]*.jsonl"))[: 1 - KEPT]:
         old.unlink(missing_ok=True)

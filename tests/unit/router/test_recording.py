@@ -114,9 +114,10 @@ def test_a_recording_ends_at_its_bound(recorded: Path, tmp_path: Path) -> None:
     assert (tmp_path / "small").stat().st_size <= 1000
 
 
-def test_old_recordings_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("instance", ["router-1", ""])
+def test_old_recordings_go(tmp_path: Path, instance: str) -> None:
     for i in range(KEPT + 3):
-        recording_for(tmp_path, "a/model", "router-1", 1_700_000_000_000 + i, 1000).close()
+        recording_for(tmp_path, "a/model", instance, 1_700_000_000_000 + i, 1000).close()
     recording_for(tmp_path, "other", "router-1", 1, 1000).close()
     assert len(list(tmp_path.iterdir())) == KEPT + 1
     with pytest.raises(ConfigError, match="cannot record"):
