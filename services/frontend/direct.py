@@ -148,12 +148,12 @@ class _Exchange:
 
     def fail(self, error: TandemError) -> None:
         self._failure = error
-        # The rest of the request may never come, and nothing waits for it any more.
-        self.keep_alive = False
         self._parts.clear()
         self.complete()
 
     def _too_late(self) -> None:
+        # The rest of the request may never come, and nothing waits for it any more.
+        self.keep_alive = False
         self.fail(RequestTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"))
 
     async def _read_body(self) -> bytes:

@@ -16,7 +16,6 @@ POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 @pytest.mark.parametrize(
     ("sent", "status"),
     [
-        (POST + b"content-length: 1000000000\r\n\r\na", b"413"),
         (POST + b"content-length: 10\r\n\r\na", b"504"),
         (POST + b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-more: y", b"504"),
     ],
