@@ -7,6 +7,8 @@ the run folder at every change.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -20,8 +22,10 @@ from tandem.adapters.processes import run_directly
 from tandem.adapters.readiness import Probe, grpc_serving, http_ok
 from tandem.adapters.supervision import Child, ProcessSpec, RestartPolicy, State, Supervisor
 from tandem.cli.cluster import DRAIN_S, Kind, Service, Surroundings, reachable, services_of
+from tandem.cli.control import workers
 from tandem.cli.launch import QUIET_ENGINE, ForkedWorkers
 from tandem.cli.rundir import DEPLOYMENT, ClusterState, ProcessState, RunDir
+from tandem.errors import NoLeader
 
 _SERVER_START_S = 10.0
 _SERVICE_START_S = 60.0
@@ -36,6 +40,8 @@ _GRACE_S = {
     Kind.CONSOLE: 5.0,
 }
 _SERVER_GRACE_S = 5.0
+#: Longest wait for the routers to know the workers, and the time between two looks.
+_ACQUAINTED_S, _LOOK_S = 15.0, 0.1
 #: As nats-server marks it.
 _SERVER_TROUBLE = re.compile(r"\[(WRN|ERR|FTL)\]")
 
@@ -107,8 +113,23 @@ class LocalCluster:
         for service in self.services.values():
             self._supervisor.add(self._service_spec(service))
         await self._supervisor.wait_ready(self.services)
+        await self._wait_acquainted()
         self._ready = True
         self._write_state()
+
+    async def _wait_acquainted(self) -> None:
+        """A router hears of a ready worker a moment later; the first request should not come in between. Where that
+        takes long, something is amiss that requests will be told of."""
+        wanted = {service.name for service in self.services.values() if service.model}
+        routers = [s for s in self.services.values() if s.kind is Kind.ROUTER]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ACQUAINTED_S):
+                for router in routers:
+                    address = f"{reachable(router.grpc_host)}:{router.grpc_port}"
+                    while True:
+                        if wanted <= await asyncio.to_thread(_known_to, address):
+                            break
+                        await asyncio.sleep(_LOOK_S)
 
     async def wait_failed(self) -> None:
         """Raises when a process is given up; returns never."""
@@ -204,3 +225,10 @@ def _probe(service: Service) -> Probe:
     if service.kind in (Kind.FRONTEND, Kind.CONSOLE) and not service.http_shared:
         return http_ok(reachable(service.http_host), service.http_port, "/readyz")
     return grpc_serving(reachable(service.grpc_host), service.grpc_port)
+
+
+def _known_to(router: str) -> set[str]:
+    try:
+        return {worker.info.ref.id for worker in workers(router)}
+    except NoLeader:
+        return set()
