@@ -3,8 +3,8 @@
 For the call that every request makes, the router's look-up: no pool, lock, task or timer per call, and hiredis reads
 the replies, which takes a third to a fifth of redis-py's CPU (docs/decisions/library-clients.md). Calls are answered in
 their order; when the first of them is not within ``timeout_s``, all that wait fail with StoreUnavailable and the
-connection is given up. The next call makes a new one: one attempt for all who wait, and none for a moment after it
-failed.
+connection is given up. The next call makes a new one: one attempt for all who wait, and none for a moment after one
+that nobody answered or whose login was refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tandem.adapters.clock import monotonic
 from tandem.adapters.redis_script import Argument, Script
 from tandem.errors import InternalError, StoreUnavailable
 
-#: After an attempt to connect that failed, calls fail like it for so long.
+#: After an attempt to connect that nobody answered, or whose login was refused, calls fail like it for so long.
 _PAUSE_S = 0.5
 #: Its stub knows commands of one word only.
 _pack: Callable[[tuple[Argument, ...]], bytes] = hiredis.pack_command  # type: ignore[assignment]
@@ -40,7 +40,7 @@ class RedisPipe:
         self._connection: _Connection | None = None
         self._attempt: asyncio.Task[_Connection] | None = None
         self._failure = ""
-        self._failed_at = float("-inf")
+        self._paused_until = 0.0
         self._closed = False
 
     async def run(self, script: Script, keys: Sequence[str], *args: Argument) -> Any:
@@ -60,12 +60,13 @@ class RedisPipe:
         if self._closed:
             raise StoreUnavailable("the connection to Redis is closed")
         if self._attempt is None:
-            if monotonic() - self._failed_at < _PAUSE_S:
+            if monotonic() < self._paused_until:
                 raise StoreUnavailable(self._failure)
             self._attempt = asyncio.create_task(self._try_to_connect(), name="redis-connect")
         return await asyncio.shield(self._attempt)  # one who leaves takes it from nobody else
 
     async def _try_to_connect(self) -> _Connection:
+        pause_s = _PAUSE_S
         try:
             async with asyncio.timeout(self._timeout_s):
                 connection = await self._open()
@@ -73,6 +74,7 @@ class RedisPipe:
             self._failure = f"Redis did not answer within {self._timeout_s:g} s"
         except OSError as error:
             self._failure = f"Redis is not reachable: {error}"
+            pause_s = 0.0  # that nobody listens is known at once, and so is that somebody does again
         except StoreUnavailable as error:
             self._failure = error.message
         else:
@@ -83,7 +85,7 @@ class RedisPipe:
             self._failure = "the connection to Redis is closed"
         finally:
             self._attempt = None
-        self._failed_at = monotonic()
+        self._paused_until = monotonic() + pause_s
         raise StoreUnavailable(self._failure)
 
     async def _open(self) -> _Connection:
