@@ -141,8 +141,9 @@ async def test_the_tenants_service_survives_the_leaders_death(site: Site, client
     before = dict((await asyncio.to_thread(accounting, old)).service)
     assert before["ann"] > 0 and before["bob"] > 0
     await asyncio.sleep(1.5)  # counters are saved every second
-    pid = site.signal(name, signal.SIGKILL)
+    site.signal(name, signal.SIGSTOP)  # killed at once, it would be back, and lead again, before its lease is free
     new = await asyncio.to_thread(_other_leader, site, old)
+    pid = site.signal(name, signal.SIGKILL)
     await asyncio.to_thread(site.wait_restarted, name, pid, 30.0)
     after = dict((await asyncio.to_thread(accounting, new)).service)
     assert all(after[tenant] >= before[tenant] for tenant in before), (before, after)
