@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import mul
 
 from tandem.core.profiles import Profile
 from tandem.core.types import StepTiming
@@ -32,6 +31,8 @@ _FORGET = 0.995
 _FORGET_SQRT = _FORGET**0.5
 #: Prior variance of each multiplier: about how wrong (relative) a profile's term may be.
 _PRIOR_VARIANCE = 0.25
+#: Below it a variance shows that something has been learnt, which may be forgotten again.
+_MOST_LEARNT = _PRIOR_VARIANCE * _FORGET
 #: A relative residual is clipped to this many times the stated error, and never below the floor.
 _CLIP_ERRORS = 3.0
 _CLIP_FLOOR = 0.25
@@ -42,20 +43,31 @@ _SHORTEST_S = 1e-6
 _SHARED_RATE = 0.03
 
 
+#: Terms of a model. One that has fewer leaves the rest without contributions: those then move nothing.
+_Terms = tuple[float, float, float, float]
+
+
 class _Regression:
-    """Recursive least squares for y = sum_i theta_i * x_i on relative residuals; theta starts at 1."""
+    """Recursive least squares for y = sum_i theta_i * x_i on relative residuals; theta starts at 1.
+
+    Written out for four terms: a router learns from every worker many times a second. ``_cov`` is the upper triangle of
+    the covariance, row by row.
+    """
 
     __slots__ = ("_cov", "count", "error", "theta")
 
-    def __init__(self, size: int, error: float) -> None:
-        self.theta = [1.0] * size
-        self._cov = [[_PRIOR_VARIANCE if i == j else 0.0 for j in range(size)] for i in range(size)]
+    def __init__(self, error: float) -> None:
+        self.theta: _Terms = (1.0, 1.0, 1.0, 1.0)
+        v = _PRIOR_VARIANCE
+        self._cov = (v, 0.0, 0.0, 0.0, v, 0.0, 0.0, v, 0.0, v)
         self.error = error
         self.count = 0
 
-    def update(self, contributions: list[float], measured: float) -> None:
+    def update(self, contributions: _Terms, measured: float) -> None:
         """``contributions``: each profile term's seconds before correction; ``measured``: seconds, positive."""
-        predicted = sum(map(mul, self.theta, contributions))
+        c0, c1, c2, c3 = contributions
+        t0, t1, t2, t3 = self.theta
+        predicted = t0 * c0 + t1 * c1 + t2 * c2 + t3 * c3
         if predicted <= 0.0:
             return
         # Divided by the measurement the target is 1 and every residual is relative.
@@ -64,45 +76,65 @@ class _Regression:
         clip = max(_CLIP_FLOOR, _CLIP_ERRORS * self.error)
         clipped = max(-clip, min(clip, residual))
         scale = 1.0 / longer
-        x = [c * scale for c in contributions]
-        gain = [sum(map(mul, row, x)) for row in self._cov]
+        x0, x1, x2, x3 = c0 * scale, c1 * scale, c2 * scale, c3 * scale
+        v00, v01, v02, v03, v11, v12, v13, v22, v23, v33 = self._cov
+        g0 = v00 * x0 + v01 * x1 + v02 * x2 + v03 * x3
+        g1 = v01 * x0 + v11 * x1 + v12 * x2 + v13 * x3
+        g2 = v02 * x0 + v12 * x1 + v22 * x2 + v23 * x3
+        g3 = v03 * x0 + v13 * x1 + v23 * x2 + v33 * x3
         # Expected noise of a timing sets how fast certainty grows.
         noise = 0.01 + self.error * self.error
-        denominator = noise + sum(map(mul, x, gain))
-        theta = _bounded([t + g * clipped / denominator for t, g in zip(self.theta, gain, strict=True)])
+        denominator = noise + (x0 * g0 + x1 * g1 + x2 * g2 + x3 * g3)
+        t0, t1, t2, t3 = _bounded(
+            (
+                t0 + g0 * clipped / denominator,
+                t1 + g1 * clipped / denominator,
+                t2 + g2 * clipped / denominator,
+                t3 + g3 * clipped / denominator,
+            )
+        )
         # What one step of least squares left over, all terms share: a whole worker is slower, or faster, sooner than
         # one of its terms is. This follows a drift after the covariance has become small.
-        left_over = math.log(measured / sum(map(mul, theta, contributions)))
+        left_over = math.log(measured / (t0 * c0 + t1 * c1 + t2 * c2 + t3 * c3))
         shared = math.exp(_SHARED_RATE * max(-clip, min(clip, left_over)))
-        self.theta = _bounded([t * shared for t in theta])
-        self._gain_certainty(gain, denominator)
+        self.theta = _bounded((t0 * shared, t1 * shared, t2 * shared, t3 * shared))
+        self._gain_certainty(g0, g1, g2, g3, denominator)
         self.error += _ERROR_MEMORY * (min(abs(measured - predicted) / predicted, 1.0) - self.error)
         self.count += 1
 
-    def _gain_certainty(self, gain: list[float], denominator: float) -> None:
+    def _gain_certainty(self, g0: float, g1: float, g2: float, g3: float, denominator: float) -> None:
         """Forgets only what has been learnt: a direction without news never becomes less certain than the prior."""
-        cov = self._cov
-        variances = [cov[i][i] - g * g / denominator for i, g in enumerate(gain)]
-        keep = [_FORGET_SQRT if variance < _PRIOR_VARIANCE * _FORGET else 1.0 for variance in variances]
-        self._cov = [
-            [(c - g * h / denominator) / k / m for c, h, m in zip(row, gain, keep, strict=True)]
-            for row, g, k in zip(cov, gain, keep, strict=True)
-        ]
+        v00, v01, v02, v03, v11, v12, v13, v22, v23, v33 = self._cov
+        v00 -= g0 * g0 / denominator
+        v11 -= g1 * g1 / denominator
+        v22 -= g2 * g2 / denominator
+        v33 -= g3 * g3 / denominator
+        k0 = _FORGET_SQRT if v00 < _MOST_LEARNT else 1.0
+        k1 = _FORGET_SQRT if v11 < _MOST_LEARNT else 1.0
+        k2 = _FORGET_SQRT if v22 < _MOST_LEARNT else 1.0
+        k3 = _FORGET_SQRT if v33 < _MOST_LEARNT else 1.0
+        self._cov = (
+            v00 / k0 / k0, (v01 - g0 * g1 / denominator) / k0 / k1, (v02 - g0 * g2 / denominator) / k0 / k2,
+            (v03 - g0 * g3 / denominator) / k0 / k3, v11 / k1 / k1, (v12 - g1 * g2 / denominator) / k1 / k2,
+            (v13 - g1 * g3 / denominator) / k1 / k3, v22 / k2 / k2, (v23 - g2 * g3 / denominator) / k2 / k3,
+            v33 / k3 / k3,
+        )  # fmt: skip
 
 
-def _bounded(theta: list[float]) -> list[float]:
+def _bounded(theta: _Terms) -> _Terms:
     """Within the limits of a multiplier."""
     if min(theta) >= _LEAST and max(theta) <= LIMIT:
         return theta
-    return [max(_LEAST, min(LIMIT, t)) for t in theta]
+    a, b, c, d = (max(_LEAST, min(LIMIT, t)) for t in theta)
+    return a, b, c, d
 
 
 @dataclass(frozen=True, slots=True)
 class PerfState:
     """What has been learnt, for a copy to a sibling or to a store."""
 
-    prefill: tuple[float, ...]
-    decode: tuple[float, ...]
+    prefill: tuple[float, float, float, float]
+    decode: tuple[float, float, float]
     prefill_error: float
     decode_error: float
 
@@ -114,8 +146,8 @@ class PerfModel:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self._prefill = _Regression(4, profile.relative_error)
-        self._decode = _Regression(3, profile.relative_error)
+        self._prefill = _Regression(profile.relative_error)
+        self._decode = _Regression(profile.relative_error)
         self._apply()
 
     def _apply(self) -> None:
@@ -162,20 +194,20 @@ class PerfModel:
                 continue
             if step.prefill_tokens > 0:
                 tokens = step.prefill_tokens + step.decode_sequences
-                terms = [prior.p0, prior.p1 * tokens, prior.p2 * step.prefill_context_tokens, prior.p3 * step.kv_tokens]
+                terms = (prior.p0, prior.p1 * tokens, prior.p2 * step.prefill_context_tokens, prior.p3 * step.kv_tokens)
                 self._prefill.update(terms, step.duration_s)
             elif step.decode_sequences > 0:
-                terms = [prior.d0, prior.d1 * step.decode_sequences, prior.d2 * step.kv_tokens]
+                terms = (prior.d0, prior.d1 * step.decode_sequences, prior.d2 * step.kv_tokens, 0.0)
                 self._decode.update(terms, step.duration_s)
         self._apply()
 
     def state(self) -> PerfState:
-        return PerfState(tuple(self._prefill.theta), tuple(self._decode.theta), self._prefill.error, self._decode.error)
+        return PerfState(self._prefill.theta, self._decode.theta[:3], self._prefill.error, self._decode.error)
 
     def adopt(self, state: PerfState) -> None:
         """Starts from what a sibling with the same profile has learnt."""
-        self._prefill.theta = list(state.prefill)
-        self._decode.theta = list(state.decode)
+        self._prefill.theta = state.prefill
+        self._decode.theta = (*state.decode, 1.0)
         self._prefill.error = state.prefill_error
         self._decode.error = state.decode_error
         self._apply()

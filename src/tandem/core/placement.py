@@ -234,18 +234,16 @@ def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: flo
     return _Source(inflation * total, inflation * own, inflation * pending_s, inflation * extra, view)
 
 
-class _Lender(NamedTuple):
-    """A worker that could compute the prompt for another one."""
-
-    source: _Source
-    harm: float  # what that does to the streams that decode there: their inter-token latency, of target
+#: A worker that could compute the prompt for another one, and what that does to the streams that decode there: their
+#: inter-token latency, of target. A plain tuple, in the inner loop.
+_Lender = tuple[_Source, float]
 
 
 def _lenders(views: Sequence[WorkerView], inquiry: Inquiry, policy: Policy, now: float) -> list[_Lender]:
     """The soonest first, without those that two others beat in time and harm: one may be the decode worker itself."""
     inflation, tpot_s, osl = policy.inflation, inquiry.targets.tpot_s, inquiry.expected_osl
     tau = disturbance_window_s(osl, tpot_s)
-    found = []
+    found: list[_Lender] = []
     for view in views:
         source, harm = _source(view, view.reading(now), inquiry, inflation), 0.0
         batch = view.own_sequences + view.foreign_sequences
@@ -253,20 +251,22 @@ def _lenders(views: Sequence[WorkerView], inquiry: Inquiry, policy: Policy, now:
             step_s = view.perf.decode_step_s(batch, view.own_kv_tokens + view.foreign_kv_tokens + 0.5 * osl * batch)
             share = min(_MAX_DISTURBANCE, (view.prefill_share_s(now, tau) + source.extra_s) / tau)
             harm = inflation * step_s / (1.0 - share) / tpot_s
-        found.append(_Lender(source, harm))
+        found.append((source, harm))
     found.sort(key=_total_s)
     kept: list[_Lender] = []
     least: dict[object, tuple[float, float]] = {}  # the two lowest harms so far, among those whose KV is alike
     for lender in found:
-        kind = lender.source.view.kv_format
+        source, harm = lender
+        kind = source.view.kv_format
         first, second = least.get(kind, (math.inf, math.inf))
-        if lender.harm < second:
+        if harm < second:
             kept.append(lender)
-            least[kind] = (lender.harm, first) if lender.harm < first else (first, lender.harm)
+            least[kind] = (harm, first) if harm < first else (first, harm)
     return kept
 
 
-def _score(r1: float, r2: float, kv: float, policy: Policy) -> float:
+def _score(r1: float, r2: float, kv: float, effort: float, policy: Policy) -> float:
+    """``effort``: worker time that is added, of the TTFT target."""
     score = r1 * r1 + r2 * r2
     if r1 > policy.first_token_guard:
         score += _STEEP * (r1 - policy.first_token_guard)
@@ -274,7 +274,7 @@ def _score(r1: float, r2: float, kv: float, policy: Policy) -> float:
         score += _STEEP * (r2 - policy.tpot_guard)
     if kv > policy.kv_guard:
         score += _KV_STEEP * (kv - policy.kv_guard)
-    return score
+    return score + policy.haste * r1 + effort
 
 
 def decide(
@@ -331,7 +331,7 @@ def decide(
 
 
 def _total_s(lender: _Lender) -> float:
-    return lender.source.total_s
+    return lender[0].total_s
 
 
 def _score_of(candidate: Candidate) -> float:
@@ -477,30 +477,43 @@ def _plans_on(
     """Appends ``local(decode)`` and the best ``remote(p, decode)``, as far as the policy allows."""
     seat = _seat(decode, inquiry, policy, now)
     if policy.local_prefill or not any(
-        lender.source.view is not decode and can_transfer(lender.source.view, decode) for lender in lenders
+        source.view is not decode and can_transfer(source.view, decode) for source, _ in lenders
     ):
         local = _source(decode, decode.reading(now), inquiry, policy.inflation)
         itl_s = seat.step_s / (1.0 - min(_MAX_DISTURBANCE, (seat.rho + local.extra_s) / seat.tau))
         found.append(_candidate(seat, local, None, inquiry.waited_s + local.total_s, 0.0, itl_s, 0.0, inquiry, policy))
-    if not lenders:
-        return
+    if lenders:
+        _remote_plan(seat, lenders, inquiry, policy, found)
+
+
+def _remote_plan(
+    seat: _Seat, lenders: Sequence[_Lender], inquiry: Inquiry, policy: Policy, found: list[Candidate]
+) -> None:
+    """Appends the best plan that prefills elsewhere, if there is one. The innermost loop of a decision."""
+    decode, targets, waited_s = seat.view, inquiry.targets, inquiry.waited_s
+    ttft_target, tpot_target, effort, step_s, kv = targets.ttft_s, targets.tpot_s, policy.effort, seat.step_s, seat.kv
     missing = max(0, inquiry.request.isl_tokens - inquiry.cached.get(decode.id, 0))
     moved = float(missing * decode.spec.kv_bytes_per_token)
-    undisturbed_s = seat.step_s / (1.0 - min(_MAX_DISTURBANCE, seat.rho / seat.tau))
-    best: Candidate | None = None
+    undisturbed_s = step_s / (1.0 - min(_MAX_DISTURBANCE, seat.rho / seat.tau))
+    own_link, own_transfers = decode.spec.link_bytes_per_s, decode.transfer_bytes
+    least = math.inf
+    best: tuple[_Source, float, float, float] | None = None
     for source, harm in lenders:
         view = source.view
         if view is decode or not can_transfer(view, decode):
             continue
-        link = max(1.0, min(view.spec.link_bytes_per_s, decode.spec.link_bytes_per_s))
-        transfer_s = (moved + max(view.transfer_bytes, decode.transfer_bytes)) / link
-        ttft_s = inquiry.waited_s + (source.total_s + transfer_s) + seat.step_s
-        itl_s = max(undisturbed_s, harm * inquiry.targets.tpot_s)
-        candidate = _candidate(seat, source, view, ttft_s, transfer_s, itl_s, max(1.0, moved), inquiry, policy)
-        if best is None or candidate.score < best.score:
-            best = candidate
+        link = max(1.0, min(view.spec.link_bytes_per_s, own_link))
+        transfer_s = (moved + max(view.transfer_bytes, own_transfers)) / link
+        ttft_s = waited_s + (source.total_s + transfer_s) + step_s
+        itl_s = max(undisturbed_s, harm * tpot_target)
+        added = effort * (source.extra_s + seat.longer_s) / ttft_target
+        score = _score(ttft_s / ttft_target, itl_s / tpot_target, kv, added, policy)
+        if score < least:
+            least, best = score, (source, ttft_s, transfer_s, itl_s)
     if best is not None:
-        found.append(best)
+        source, ttft_s, transfer_s, itl_s = best
+        moved = max(1.0, moved)
+        found.append(_candidate(seat, source, source.view, ttft_s, transfer_s, itl_s, moved, inquiry, policy))
 
 
 def _candidate(
@@ -516,7 +529,7 @@ def _candidate(
 ) -> Candidate:
     targets, waited_s = inquiry.targets, inquiry.waited_s
     r1, r2, effort_s = ttft_s / targets.ttft_s, itl_s / targets.tpot_s, source.extra_s + seat.longer_s
-    score = _score(r1, r2, seat.kv, policy) + policy.haste * r1 + policy.effort * effort_s / targets.ttft_s
+    score = _score(r1, r2, seat.kv, policy.effort * effort_s / targets.ttft_s, policy)
     row = (
         1e3 * ttft_s, 1e3 * waited_s, 1e3 * source.total_s, 1e3 * transfer_s, 1e3 * itl_s, seat.kv, r1, r2,
         1e3 * effort_s,
