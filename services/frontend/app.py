@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import NoReturn
 
 import uvicorn
@@ -31,7 +31,7 @@ from services.frontend.openai_routes import OpenAIRoutes
 from services.frontend.tokenize_routes import TokenizeRoutes
 from services.frontend.tracing import RequestTraces
 from services.frontend.web_app import web_app
-from tandem.adapters import clock, deployment
+from tandem.adapters import clock, deployment, notify
 from tandem.adapters.bus import Bus
 from tandem.adapters.deployment import Deployment
 from tandem.adapters.grpc_server import GrpcServer
@@ -45,8 +45,12 @@ log = logging.getLogger(__name__)
 
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
-#: From the first refusal of new requests to the closing of HTTP connections, and from the last answer to the end.
+#: From the closing of the ports to that of idle HTTP connections, and from the last answer to the end.
 LAME_DUCK_S = 0.25
+#: A gRPC client is told to open another connection when it has had one for so long. One that leaves serves those that
+#: it has until all of them must have been told.
+GRPC_CONNECTION_AGE_S = 10.0
+ALL_TOLD_S = 1.1 * GRPC_CONNECTION_AGE_S + 0.5
 #: After the drain's time: for clients to read why their answers end.
 LAST_WORDS_S = 2
 
@@ -56,6 +60,10 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """The process's main listens to signals, for all of its parts."""
         yield
+
+    def stop_listening(self) -> None:
+        for server in self.servers if self.started else ():
+            server.close()
 
 
 class Frontend:
@@ -122,6 +130,7 @@ class Frontend:
             settings.grpc_host or wanted.grpc.host,
             wanted.grpc.port if settings.grpc_port < 0 else settings.grpc_port,
             max_request_bytes=wanted.limits.max_body_bytes,
+            connection_age_s=GRPC_CONNECTION_AGE_S,
         )
         self._service = InferenceService(self._intake, self.generations, self._embedder, self._metrics.told)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._service, self._grpc.server)
@@ -185,23 +194,40 @@ class Frontend:
             self._last_call = loop.call_later(within_s, self.cluster.give_up, error)
         self.leaving.set()
 
-    async def stop(self) -> None:
-        """No new requests from now on; returns when open answers have ended, or their time is over."""
+    async def stop(self, vacated: Callable[[], Awaitable[None]] | None = None) -> None:
+        """No new connections from now on; returns when open answers have ended, or their time is over. ``vacated`` is
+        called when the ports are free for another."""
         self.leave(self._settings.drain_timeout_s)
         self._draining = True
         log.info("leaving: %d requests open", len(self.generations))
-        # Who asks from now on hears why, and may go elsewhere. gRPC calls hear it up to the end: its own way to stop
-        # ends those that it has not begun as CANCELLED, which clients do not send again.
+        await self._grpc.set_serving(False)
+        self._grpc.stop_listening()
+        self._http.stop_listening()
+        if vacated is not None:
+            await vacated()
+        await self._see_off()
+        # Who still asks hears why, and may go elsewhere. gRPC calls hear it up to the end: its own way to stop ends
+        # those that it has not begun as CANCELLED, which clients do not send again.
         error = Leaving("this server is leaving")
         self.generations.refuse(error)
         self._embedder.refuse(error)
-        await self._grpc.set_serving(False)
-        await asyncio.sleep(LAME_DUCK_S)
-        self._http.should_exit = True
         while self._service.open and not self._too_late():  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         await asyncio.sleep(LAME_DUCK_S)  # for the last words to be written
         self._stopped.set()
+
+    async def _see_off(self) -> None:
+        """Serves what comes over the connections that are there, while there is time for it."""
+        loop = asyncio.get_running_loop()
+        assert self._last_call is not None
+        all_told = loop.time() + ALL_TOLD_S
+        await asyncio.sleep(LAME_DUCK_S)
+        self._http.should_exit = True  # idle connections close; others do with their answer
+        while self._busy() and loop.time() < all_told <= self._last_call.when():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+    def _busy(self) -> bool:
+        return bool(self._service.open or self._http.server_state.tasks)
 
     def _too_late(self) -> bool:
         """For a client that does not read even why its answer ends."""
@@ -245,7 +271,8 @@ async def run(settings: FrontendSettings) -> None:
         stack.push_async_callback(bus.close)
         frontend = Frontend(settings, wanted, bus)
         stack.push_async_callback(frontend.close)
-        await stack.enter_async_context(metrics_endpoint(settings, frontend.instruments))
+        metrics = await stack.enter_async_context(contextlib.AsyncExitStack())
+        await metrics.enter_async_context(metrics_endpoint(settings, frontend.instruments))
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, frontend.reload)
         loop.add_signal_handler(signal.SIGTERM, frontend.leave, settings.drain_timeout_s)
@@ -254,7 +281,13 @@ async def run(settings: FrontendSettings) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(frontend.run(), name="serve")
             await frontend.leaving.wait()
-            await frontend.stop()
+
+            async def vacated() -> None:
+                if notify.supervised():  # else nobody comes in its place, and it may as well be watched to its end
+                    await metrics.aclose()
+                    notify.stopping()
+
+            await frontend.stop(vacated)
     _vanish()
 
 

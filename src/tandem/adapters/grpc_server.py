@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
+
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -43,12 +47,17 @@ class GrpcServer:
         *,
         credentials: grpc.ServerCredentials | None = None,
         max_request_bytes: int = _MAX_MESSAGE_BYTES,
+        connection_age_s: float | None = None,
     ) -> None:
         """``port`` 0 = any free one. ConfigError when it is taken.
 
         gRPC itself ends a call with a message over ``max_request_bytes``, compressed or not, as RESOURCE_EXHAUSTED.
+        A client whose connection is ``connection_age_s`` old, give or take a tenth, is told to open another one; calls
+        that run on the old one go on.
         """
         options = {**dict(_SERVER), "grpc.max_receive_message_length": max_request_bytes}
+        if connection_age_s is not None:
+            options["grpc.max_connection_age_ms"] = int(connection_age_s * 1e3)
         self.server = grpc.aio.server(options=tuple(options.items()))
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         try:
@@ -73,6 +82,16 @@ class GrpcServer:
         """What health checks hear, of the server as a whole and of each service."""
         for service in ("", *self._services):
             await self._health.set(service, _STATUS.SERVING if serving else _STATUS.NOT_SERVING)
+
+    def stop_listening(self) -> None:
+        """No new connections from now on, and the port is free; calls over those that are there go on and may come."""
+        # gRPC itself can only end both at once, and with them calls that it has not begun (docs/decisions/leaving.md).
+        # So its listening descriptor is made to name a socket on which nothing ever happens.
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as found:
+                if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == self.port:
+                    with socket.socket() as nothing:
+                        os.dup2(nothing.fileno(), descriptor, inheritable=False)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Not serving and no new calls from now on; those that run have ``grace_s``, then they are cancelled."""

@@ -9,7 +9,8 @@
 
 What happens after an exit is decided by a pure function, ``RestartPolicy.after_exit``. A process that has been ready
 once is restarted for ever, with back-off: the rest of the cluster serves on meanwhile. One that never gets ready ends
-the whole attempt, with its last lines as the reason.
+the whole attempt, with its last lines as the reason. One that hands over (``ProcessSpec.hands_over``) is succeeded at
+once when it leaves, and finishes what it has beside its successor.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from tandem.adapters import notify
 from tandem.adapters.clock import monotonic
 from tandem.adapters.processes import Launch, OutputPipe, Process
 from tandem.errors import StartFailed
@@ -102,6 +104,8 @@ class ProcessSpec:
     stop_signal: signal.Signals = signal.SIGTERM
     #: From then to SIGKILL.
     grace_s: float = 10.0
+    #: It says (notify.stopping) when it has given up its ports while it still has something to finish.
+    hands_over: bool = False
 
 
 @dataclass
@@ -115,6 +119,8 @@ class Child:
     restarts: int = 0
     tail: deque[str] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
     process: Process | None = None
+    #: Those that have given up their place and finish what they have.
+    predecessors: dict[Process, asyncio.Task[None]] = field(default_factory=dict)
     leave: asyncio.Event = field(default_factory=asyncio.Event)
     #: Set for good when it is ready for the first time.
     readied: asyncio.Event = field(default_factory=asyncio.Event)
@@ -138,6 +144,9 @@ class Supervisor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._failed = asyncio.Event()
         self._failure: BaseException | None = None
+        self._ear: notify.Ear | None = None
+        #: By pid of those that run: it leaves.
+        self._stopping: dict[int, asyncio.Event] = {}
 
     @property
     def children(self) -> Mapping[str, Child]:
@@ -177,13 +186,16 @@ class Supervisor:
         rest = [n for n in self._children if not any(n in stage for stage in named)]
         for stage in (*named, rest):
             await asyncio.gather(*(self.remove(name) for name in stage))
+        if self._ear is not None:
+            self._ear.close()
+            self._ear = None
 
     def kill_all(self) -> None:
         """SIGKILL to everything, without waiting; ``stop`` then returns soon."""
         for child in self._children.values():
             child.leave.set()
-            if child.process is not None:
-                child.process.kill()
+            for process in _processes(child):
+                process.kill()
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None and self._failure is None:
@@ -209,10 +221,14 @@ class Supervisor:
         while not child.leave.is_set():
             pipe = OutputPipe(lambda line: self._line(child, line))
             try:
-                status, ready_for_s = await self._run_once(child, pipe)
+                ended = await self._run_once(child, pipe)
             except StartFailed as error:
                 self._line(child, error.message)
-                status, ready_for_s = EXIT_NOT_LAUNCHED, 0.0
+                ended = EXIT_NOT_LAUNCHED, 0.0
+            if ended is None:
+                child.restarts += 1
+                continue
+            status, ready_for_s = ended
             await pipe.close(within_s=_LAST_OUTPUT_S)
             if child.leave.is_set():
                 break
@@ -230,15 +246,16 @@ class Supervisor:
             child.restarts += 1
         self._set(child, State.STOPPED, "stopped")
 
-    async def _run_once(self, child: Child, pipe: OutputPipe) -> tuple[int, float]:
-        """Exit status, and for how many seconds it was ready."""
+    async def _run_once(self, child: Child, pipe: OutputPipe) -> tuple[int, float] | None:
+        """Exit status, and for how many seconds it was ready. None = it finishes elsewhere, and its place is free."""
         spec = child.spec
         child.tail.clear()
         output_fd = await pipe.open()
         try:
-            process = await spec.launch(spec.name, spec.env, output_fd)
+            process = await spec.launch(spec.name, self._environment(spec), output_fd)
         finally:
             os.close(output_fd)
+        stopping = self._stopping[process.pid] = asyncio.Event()
         child.process, child.pid = process, process.pid
         self._set(child, State.STARTING, f"started, pid {process.pid}")
         exited = asyncio.create_task(process.wait(), name=f"wait for {spec.name}")
@@ -249,12 +266,40 @@ class Supervisor:
             if ready_at is not None and not child.leave.is_set():
                 child.readied.set()
                 self._set(child, State.READY, "ready")
-            status = await exited
-            return status, 0.0 if ready_at is None else monotonic() - ready_at
+            await self._first(asyncio.shield(exited), stopping.wait())
+            if not exited.done() and not child.leave.is_set():
+                self._set(child, State.WAITING, "leaves; its successor starts")
+                seen_out = asyncio.create_task(self._see_out(child, process, exited, pipe))
+                child.predecessors[process] = seen_out
+                return None
+            return await exited, 0.0 if ready_at is None else monotonic() - ready_at
         finally:
-            process.kill()  # what it started and left behind
-            exited.cancel()
+            del self._stopping[process.pid]
+            if process not in child.predecessors:
+                process.kill()  # what it started and left behind
+                exited.cancel()
             child.process, child.pid = None, 0
+
+    def _environment(self, spec: ProcessSpec) -> Mapping[str, str]:
+        if not spec.hands_over:
+            return spec.env
+        if self._ear is None:
+            self._ear = notify.Ear(self._on_stopping)
+        return {**spec.env, notify.VARIABLE: self._ear.address}
+
+    def _on_stopping(self, pid: int) -> None:
+        if pid in self._stopping:
+            self._stopping[pid].set()
+
+    async def _see_out(self, child: Child, process: Process, exited: asyncio.Task[int], pipe: OutputPipe) -> None:
+        try:
+            status = await exited
+            await pipe.close(within_s=_LAST_OUTPUT_S)
+            self._on_news(child, f"ended with {describe_status(status)}")
+        finally:
+            process.kill()
+            exited.cancel()
+            del child.predecessors[process]
 
     async def _gets_ready(self, child: Child, process: Process, exited: asyncio.Task[int]) -> bool:
         deadline = monotonic() + child.spec.start_timeout_s
@@ -274,16 +319,21 @@ class Supervisor:
         """Its stop signal, the grace, SIGKILL. Returns when the process is gone."""
         child.leave.set()
         process, task = child.process, self._tasks[child.spec.name]
+        for predecessor in child.predecessors:
+            predecessor.send_signal(child.spec.stop_signal)
         if process is not None:
             number = child.spec.stop_signal if child.state is State.READY else signal.SIGTERM
             self._set(child, State.STOPPING, "stopping")
             process.send_signal(number)
-        await asyncio.wait({task}, timeout=_UNLAUNCHED_GRACE_S if process is None else child.spec.grace_s)
-        if child.process is not None:
+        ending = {task, *child.predecessors.values()}
+        await asyncio.wait(ending, timeout=child.spec.grace_s if _processes(child) else _UNLAUNCHED_GRACE_S)
+        if left := _processes(child):
             self._on_news(child, f"did not leave within {child.spec.grace_s:g} s: killed")
-            child.process.kill()
-            await asyncio.wait({task}, timeout=_KILL_WAIT_S)
-        task.cancel()
+            for process in left:
+                process.kill()
+            await asyncio.wait(ending, timeout=_KILL_WAIT_S)
+        for waiting in ending:
+            waiting.cancel()
 
     async def _pause(self, child: Child, seconds: float) -> None:
         try:
@@ -298,3 +348,8 @@ class Supervisor:
     def _set(self, child: Child, state: State, news: str) -> None:
         child.state = state
         self._on_news(child, news)
+
+
+def _processes(child: Child) -> list[Process]:
+    """All that run."""
+    return [*child.predecessors, *([child.process] if child.process is not None else [])]

@@ -203,6 +203,7 @@ class LocalCluster:
             start_timeout_s=_ENGINE_START_S if forked else _SERVICE_START_S,
             stop_signal=signal.SIGINT,
             grace_s=_GRACE_S[service.kind],
+            hands_over=service.kind is Kind.FRONTEND,
         )
 
     def _news(self, child: Child, news: str) -> None:

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from tandem.adapters import notify
+
 LIFE_S = 120  # nothing of a test lives longer, whatever goes wrong
 
 
@@ -29,6 +31,9 @@ def main() -> None:
         with (folder / "order").open("a") as file:
             file.write(f"{name}\n")
         (folder / f"{name}.signal").write_text(signal.Signals(number).name)
+        if mode == "hand-over" and not (folder / f"{name}.go").exists():
+            notify.stopping()
+            return
         if mode != "stubborn":
             sys.exit(0)
 
@@ -41,7 +46,10 @@ def main() -> None:
         print("x" * 40_000 + "\nlast", end="", flush=True)
     if mode != "never-ready":
         (folder / f"{name}.ready").write_text(str(os.getpid()))
-    time.sleep(LIFE_S)
+    for _ in range(10 * LIFE_S):
+        time.sleep(0.1)
+        if mode == "hand-over" and (folder / f"{name}.go").exists():
+            return
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class World:
         argv = [sys.executable, str(HERE / "stub.py"), mode, str(self.folder), name]
         spec = ProcessSpec(
             name=name, launch=run_directly(argv), env=dict(os.environ), ready=ready, start_timeout_s=start_s,
-            grace_s=grace_s, stop_signal=stop_signal,
+            grace_s=grace_s, stop_signal=stop_signal, hands_over=mode == "hand-over",
         )  # fmt: skip
         return self.supervisor.add(spec)
 
@@ -118,6 +118,32 @@ async def test_what_dies_is_started_again(world: World) -> None:
     await until(lambda: child.restarts == 1 and child.state is State.READY)
     assert child.pid != first
     assert any("SIGKILL" in what for _, what in world.news)
+
+
+async def test_one_that_hands_over_finishes_beside_its_successor(world: World) -> None:
+    child = world.stub("a", "hand-over")
+    await world.supervisor.wait_ready(["a"])
+    first = child.pid
+    os.kill(first, signal.SIGTERM)
+    await until(lambda: child.restarts == 1 and child.state is State.READY)
+    assert child.pid != first
+    assert alive(first)
+    (world.folder / "a.go").touch()
+    await until(lambda: not alive(first))
+    await until(lambda: ("a", "ended with status 0") in world.news)
+    assert not child.predecessors
+
+
+async def test_what_hands_over_goes_down_with_its_successor(world: World) -> None:
+    child = world.stub("a", "hand-over", grace_s=1.0)
+    await world.supervisor.wait_ready(["a"])
+    first = child.pid
+    os.kill(first, signal.SIGTERM)
+    await until(lambda: child.restarts == 1 and child.state is State.READY)
+    second = child.pid
+    await world.supervisor.stop([["a"]])
+    assert not alive(first)
+    assert not alive(second)
 
 
 async def test_what_never_starts_ends_it_with_its_last_words(world: World) -> None:
