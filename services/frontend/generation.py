@@ -84,11 +84,13 @@ class Progress(NamedTuple):
     resubmissions: int
 
 
-class Delta(msgspec.Struct):  # a quarter of a dataclass's time to make, and one is made per token
-    """News of one choice: what one token says (may be nothing), or the end."""
+class Delta(msgspec.Struct):  # a quarter of a dataclass's time to make
+    """News of one choice: what a token or a run of plain tokens says (may be nothing), or the end."""
 
     choice: int
     text: str = ""
+    #: Of a run: what each of its tokens says.
+    pieces: Sequence[str] = ()
     reasoning: str = ""
     calls: Sequence[Call] = ()
     token_ids: Sequence[int] = ()
@@ -118,6 +120,7 @@ class Generation:
         self._cluster = cluster
         self._on_end = on_end
         self._queue: list[Delta] = []
+        self._queued_tokens = 0
         self._waiter: asyncio.Future[None] | None = None
         self._choices: list[_Choice] = []
         self._running = len(request.prompts) * request.n
@@ -193,6 +196,7 @@ class Generation:
             await self._news()
         self._idle = False
         batch, self._queue = self._queue, []
+        self._queued_tokens = 0
         return batch
 
     async def collect(self) -> list[Delta]:
@@ -226,14 +230,12 @@ class Generation:
             self._wake()
 
     def push(self, delta: Delta) -> None:
-        self.push_all((delta,))
-
-    def push_all(self, deltas: Sequence[Delta]) -> None:
-        self._queue += deltas
+        self._queue.append(delta)
         if not self.request.streaming:
             return
         self._active = True
-        if len(self._queue) > MAX_QUEUED_TOKENS:
+        self._queued_tokens += len(delta.token_ids)
+        if self._queued_tokens > MAX_QUEUED_TOKENS:
             self._queue.clear()
             self.fail(errors.Cancelled("the client reads too slowly"))
         else:
@@ -361,11 +363,11 @@ class _Choice(Consumer):
         generation = self._generation
         if self._plain and positions is None and prompt_positions is None and self._ends.isdisjoint(tokens):
             self._tokens += len(tokens)
-            texts = self._detokenizer.push_all(tokens)
-            index = self._index
-            generation.push_all(
-                [Delta(index, text, token_ids=(token,)) for text, token in zip(texts, tokens, strict=True)]
-            )
+            pieces = self._detokenizer.push_all(tokens)
+            if len(pieces) == 1:
+                generation.push(Delta(self._index, pieces[0], token_ids=tokens))
+            else:
+                generation.push(Delta(self._index, "".join(pieces), pieces, token_ids=tokens))
             return
         for i, token in enumerate(tokens):
             if self._stops is not None and self._stops.found is not None:

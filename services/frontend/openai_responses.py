@@ -84,11 +84,15 @@ class Answer:
         raise NotImplementedError
 
     def events(self, deltas: Sequence[Delta]) -> bytes:
-        """An event for each delta that says something."""
+        """An event for each token that says something."""
         out = []
         for delta in deltas:
             if delta.positions is not None or delta.finish is not None or delta.reasoning or delta.calls:
                 out.append(self._full_event(delta))
+            elif delta.pieces and delta.text:
+                opening, closing = self._text_prefix[delta.choice], self._text_suffix
+                said = map(_encode, filter(None, delta.pieces))
+                out += opening, (closing + opening).join(said), closing
             elif delta.text:
                 out += self._text_prefix[delta.choice], _encode(delta.text), self._text_suffix
         return b"".join(out)

@@ -20,14 +20,24 @@ from tandem.wire import subjects
 log = logging.getLogger(__name__)
 
 
+class _Run:
+    """Tokens of one request that follow each other: a row of a frame, however many steps they are of."""
+
+    __slots__ = ("rid", "seq", "tokens")
+
+    def __init__(self, rid: int, seq: int, tokens: Sequence[int]) -> None:
+        self.rid = rid
+        self.seq = seq
+        self.tokens = array("I", tokens)
+
+
 class _Frame:
-    __slots__ = ("counts", "finishes", "logprobs", "placed", "rejects", "rids", "seqs", "tokens")
+    __slots__ = ("finishes", "logprobs", "placed", "rejects", "runs", "unfinished")
 
     def __init__(self) -> None:
-        self.rids: list[int] = []
-        self.seqs: list[int] = []
-        self.counts: list[int] = []
-        self.tokens = array("I")
+        self.runs: list[_Run] = []
+        #: The last run of each request.
+        self.unfinished: dict[int, _Run] = {}
         self.placed: list[bus_pb2.Placed] = []
         self.finishes: list[bus_pb2.Finish] = []
         self.rejects: list[bus_pb2.Reject] = []
@@ -60,10 +70,12 @@ class Outbox:
 
     def tokens(self, frontend: str, rid: int, seq: int, token_ids: Sequence[int]) -> None:
         frame = self._frame(frontend)
-        frame.rids.append(rid)
-        frame.seqs.append(seq)
-        frame.counts.append(len(token_ids))
-        frame.tokens.extend(token_ids)
+        run = frame.unfinished.get(rid)
+        if run is not None and run.seq + len(run.tokens) == seq:
+            run.tokens.extend(token_ids)
+        else:
+            run = frame.unfinished[rid] = _Run(rid, seq, token_ids)
+            frame.runs.append(run)
 
     def placed(self, frontend: str, rid: int, leg: bus_pb2.Leg) -> None:
         self._frame(frontend).placed.append(bus_pb2.Placed(rid=rid, leg=leg))
@@ -75,7 +87,9 @@ class Outbox:
         self._frame(frontend).rejects.append(bus_pb2.Reject(rid=rid, error=error))
 
     def logprobs(self, frontend: str, update: bus_pb2.LogprobsUpdate) -> None:
-        self._frame(frontend).logprobs.append(update)
+        frame = self._frame(frontend)
+        frame.logprobs.append(update)
+        frame.unfinished.pop(update.rid, None)  # the tokens that these belong to are a run of their own
 
     def event(self, event: bus_pb2.LifecycleEvent) -> None:
         self._events.append(event)
@@ -88,10 +102,10 @@ class Outbox:
         for frontend, frame in frames.items():
             message = bus_pb2.TokenFrame(
                 worker=self.ref,
-                rids=frame.rids,
-                seqs=frame.seqs,
-                counts=frame.counts,
-                tokens=frame.tokens.tobytes(),
+                rids=[run.rid for run in frame.runs],
+                seqs=[run.seq for run in frame.runs],
+                counts=[len(run.tokens) for run in frame.runs],
+                tokens=b"".join([run.tokens.tobytes() for run in frame.runs]),
                 placed=frame.placed,
                 finishes=frame.finishes,
                 rejects=frame.rejects,

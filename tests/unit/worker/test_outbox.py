@@ -127,19 +127,42 @@ def test_what_the_bus_does_not_take_is_dropped_and_counted_and_hinders_no_other(
     assert box.dropped == 2
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 5), st.lists(st.integers(0, 2**32 - 1), max_size=4))))
-def test_columns_say_what_was_put_in_in_its_order(said: Sequence[tuple[str, int, list[int]]]) -> None:
+SAID = st.tuples(st.sampled_from("abc"), st.integers(1, 5), st.lists(st.integers(0, 2**32 - 1), max_size=4))
+
+
+@given(st.lists(SAID))
+def test_columns_say_every_token_at_its_place_and_runs_are_one_row(said: Sequence[tuple[str, int, list[int]]]) -> None:
     bus, turn = FullBus(), Turn()
     box = outbox(bus, turn)
-    for i, (frontend, rid, tokens) in enumerate(said):
-        box.tokens(frontend, rid, i, tokens)
+    wanted: dict[tuple[str, int], list[int]] = {}
+    for frontend, rid, tokens in said:
+        known = wanted.setdefault((frontend, rid), [])
+        box.tokens(frontend, rid, len(known), tokens)
+        known += tokens
     turn.end()
+    heard = {}
     for frontend in "abc":
-        heard = []
         for frame in frames(bus, frontend):
             tokens, start = list(token_ids(frame.tokens)), 0
             for rid, seq, count in zip(frame.rids, frame.seqs, frame.counts, strict=True):
-                heard.append((frontend, rid, seq, tokens[start : start + count]))
+                assert seq == 0 and (frontend, rid) not in heard
+                heard[frontend, rid] = tokens[start : start + count]
                 start += count
             assert start == len(tokens)
-        assert heard == [(f, rid, i, tokens) for i, (f, rid, tokens) in enumerate(said) if f == frontend]
+    assert heard == wanted
+
+
+def test_what_does_not_follow_is_a_row_of_its_own() -> None:
+    """Tokens said again, and those that log-probabilities belong to."""
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    box.tokens("a", 1, 3, [13])
+    box.tokens("a", 1, 0, [10, 11, 12, 13])
+    box.tokens("a", 1, 4, [14])
+    for seq in (5, 6):
+        box.logprobs("a", bus_pb2.LogprobsUpdate(rid=1, seq=seq))
+        box.tokens("a", 1, seq, [10 + seq])
+    turn.end()
+    (frame,) = frames(bus, "a")
+    assert list(zip(frame.seqs, frame.counts, strict=True)) == [(3, 1), (0, 5), (5, 1), (6, 1)]
+    assert list(token_ids(frame.tokens)) == [13, 10, 11, 12, 13, 14, 15, 16]
