@@ -44,6 +44,9 @@ class EngineModel:
         self._dropped: dict[str, Sequence] = {}  # aborted while a pull still writes their blocks
         self._blocked = False  # the head of the queue did not fit, and nothing was freed since
         self._arrivals = 0
+        # Of the decoding sequences, which all go on together, so that a step need not look at each of them:
+        self._due_in: int | None = None  # tokens until the first reaches its ``decode_target``; None = to be found
+        self._spare = 0  # tokens, at least, that every one of them has room for in its blocks; negative = look
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -153,6 +156,8 @@ class EngineModel:
     def pending_prefill(self) -> tuple[int, int]:
         """(tokens, sum of their contexts) still to be computed before first tokens; cached prefixes not looked up."""
         tokens = context = 0
+        if len(self.decoding) == len(self.sequences):
+            return 0, 0
         for sequence in self.sequences.values():
             if sequence.phase is Phase.PREFILL or (sequence.phase is Phase.WAITING and not sequence.remote):
                 left = sequence.length - sequence.computed
@@ -192,14 +197,16 @@ class EngineModel:
         """How many steps in a row are sure to be plain decodes whose outcomes nobody need see; 0 = call ``step``."""
         if self.prefilling or not self.decoding or not (self._blocked or self._head() is None):
             return 0
-        steps = min(sequence.decode_target - sequence.length for sequence in self.decoding)
-        while steps > 1 and sum(self._growth(steps)) > self.pool.num_free:
+        if self._due_in is None:
+            self._due_in = min(sequence.decode_target - sequence.length for sequence in self.decoding)
+        steps = self._due_in
+        while steps > 1 and self._growth_within(steps) > self.pool.num_free:
             steps //= 2
         return steps if steps > 1 else 0
 
     def evicts(self, steps: int) -> bool:
         """Whether so many quiet steps take blocks out of the prefix cache."""
-        return self.pool.would_evict(sum(self._growth(steps)))
+        return steps - 1 > self._spare and self.pool.would_evict(sum(self._growth(steps)))
 
     def quiet_s(self, steps: int) -> float:
         """Duration of so many quiet steps."""
@@ -212,9 +219,11 @@ class EngineModel:
         result = StepResult(duration_s=self.quiet_s(steps), steps=steps)
         mean_kv = kv_tokens + batch * (steps - 1) // 2
         result.timing = StepTiming(result.duration_s / steps, 0, 0, batch, mean_kv)
-        for sequence, missing in zip(self.decoding, self._growth(steps), strict=True):
-            if missing:
-                sequence.blocks += self.pool.allocate(missing)
+        if steps - 1 > self._spare:
+            for sequence, missing in zip(self.decoding, self._growth(steps), strict=True):
+                if missing:
+                    sequence.blocks += self.pool.allocate(missing)
+            self._find_spare()
         self._advance_decodes(list(self.decoding), steps, now + result.duration_s, result)
         result.events = self.pool.take_events()
         return result
@@ -224,12 +233,24 @@ class EngineModel:
         size = self.config.block_size
         return [max(0, -(-(s.length + steps - 1) // size) - len(s.blocks)) for s in self.decoding]
 
+    def _growth_within(self, steps: int) -> int:
+        """Sum of ``_growth``, or 0 where that is sure to fit into what is free."""
+        most = len(self.decoding) * (1 + self._blocks_for(steps))
+        return 0 if steps - 1 <= self._spare or most <= self.pool.num_free else sum(self._growth(steps))
+
+    def _find_spare(self) -> None:
+        size = self.config.block_size
+        self._spare = min((len(s.blocks) * size - s.length for s in self.decoding), default=0)
+
     def _make_room_for_decodes(self) -> None:
         """A block for each decode that begins one; preempts where there is none."""
+        if self._spare >= 0:
+            return
         size = self.config.block_size
         for sequence in [s for s in self.decoding if s.length > len(s.blocks) * size]:
             if sequence.phase is Phase.DECODE and self._room_for(sequence, 1):
                 sequence.blocks += self.pool.allocate(1)
+        self._find_spare()
 
     def _grow_prefills(self, budget: int) -> list[tuple[Sequence, int]]:
         """(sequence, tokens) that the prefills under way compute in this step."""
@@ -309,9 +330,12 @@ class EngineModel:
         sequence.phase = Phase.DECODE
         self.decoding.append(sequence)
         self.decode_kv_tokens += sequence.length
+        # One less than it has: its first token may come with the step that begins its decoding.
+        self._spare = min(self._spare, len(sequence.blocks) * self.config.block_size - sequence.length - 1)
         self._set_target(sequence)
 
     def _set_target(self, sequence: Sequence) -> None:
+        self._due_in = None
         if not sequence.content.silent or sequence.output_tokens == 0:
             sequence.decode_target = 0
             return
@@ -326,12 +350,14 @@ class EngineModel:
     def _advance_decodes(self, decodes: list[Sequence], steps: int, end: float, result: StepResult) -> None:
         """Each writes the KV of its last token and draws the next, ``steps`` times."""
         self.decode_kv_tokens += len(decodes) * steps
-        due = []
+        self._spare -= steps
         for sequence in decodes:
             sequence.length += steps
-            if sequence.length >= sequence.decode_target:
-                due.append(sequence)
-        for sequence in due:
+        if self._due_in is not None:
+            self._due_in -= steps
+            if self._due_in > 0:
+                return
+        for sequence in [s for s in decodes if s.length >= s.decode_target]:
             sequence.length -= 1
             self._draw(sequence, end, result)
 
@@ -420,6 +446,7 @@ class EngineModel:
     def _leave_batch(self, sequence: Sequence) -> None:
         self._blocked = False
         if sequence.phase is Phase.DECODE:
+            self._due_in = None
             self.decoding.remove(sequence)
             self.decode_kv_tokens -= sequence.length
         elif sequence.phase is Phase.PREFILL:
