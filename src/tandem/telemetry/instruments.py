@@ -10,12 +10,8 @@ Not thread-safe, and need not be: cells change and ``read`` runs on the event lo
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
-
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.core import Metric as Family
-from prometheus_client.utils import floatToGoString
 
 from tandem.telemetry.metric_table import DOMAINS, OTHER, Kind, Label, Metric
 
@@ -122,28 +118,3 @@ class Instruments:
     def _value(self, label: Label, value: str) -> str:
         known = label.values or self._domains[DOMAINS.get(label.name, label.name)]
         return value if value in known else OTHER
-
-
-def families(read: Iterable[tuple[Metric, list[Sample]]]) -> Iterator[Family]:
-    """What was read, as the Prometheus library wants it."""
-    for metric, samples in read:
-        yield _family(metric, samples)
-
-
-def _family(metric: Metric, samples: list[Sample]) -> Family:
-    names = metric.label_names
-    if metric.kind is Kind.HISTOGRAM:
-        histogram = HistogramMetricFamily(metric.name, metric.help, labels=names)
-        bounds = [*map(floatToGoString, metric.buckets), "+Inf"]
-        for sample in samples:
-            total, buckets = 0, []
-            for bound, count in zip(bounds, sample.counts, strict=True):
-                total += count
-                buckets.append((bound, total))
-            histogram.add_metric(sample.labels, buckets, sample.value)
-        return histogram
-    kind = CounterMetricFamily if metric.kind is Kind.COUNTER else GaugeMetricFamily
-    family = kind(metric.name, metric.help, labels=names)
-    for sample in samples:
-        family.add_metric(sample.labels, sample.value)
-    return family

@@ -6,15 +6,14 @@ import urllib.error
 import urllib.request
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import Metric as Family
-from prometheus_client.registry import Collector
+from prometheus_client.parser import text_string_to_metric_families
 
 from tandem.errors import ConfigError
 from tandem.telemetry import exposition
 from tandem.telemetry import metric_table as table
+from tandem.telemetry.classic_text import ClassicText
 from tandem.telemetry.exposition import OFF, endpoint
-from tandem.telemetry.instruments import Histogram, Instruments, families
+from tandem.telemetry.instruments import Histogram, Instruments
 from tandem.telemetry.metric_table import TABLE, Kind
 
 DOMAINS = {"model": {"m"}, "tenant": {"acme"}, "class": {"chat"}, "version": {"1"}}
@@ -26,13 +25,7 @@ def instruments() -> Instruments:
 
 
 def text(instruments: Instruments) -> str:
-    class Read(Collector):
-        def collect(self) -> list[Family]:
-            return list(families(instruments.read()))
-
-    registry = CollectorRegistry()
-    registry.register(Read())
-    return generate_latest(registry).decode()
+    return ClassicText().of(instruments.read())
 
 
 def test_a_counter_is_one_cell_for_each_set_of_labels(instruments: Instruments) -> None:
@@ -76,6 +69,26 @@ def test_buckets_are_told_cumulated(instruments: Instruments) -> None:
         if 'le="' in line
     }
     assert (counts["0.001"], counts["0.25"], counts["0.5"], counts["10.0"], counts["+Inf"]) == (1, 1, 2, 2, 3)
+
+
+def test_the_librarys_parser_reads_what_was_counted() -> None:
+    name = 'a "b"\\\n'
+    instruments = Instruments("frontend", {**DOMAINS, "tenant": {name}})
+    instruments.counter(table.GOOD_REQUESTS, "m", name, "chat").add(2.5)
+    cell = instruments.histogram(table.TIME_TO_FIRST_TOKEN, "chat", "tandem", "m", name, "chat")
+    for value in (0.5, 1e6):
+        cell.observe(value)
+    writer = ClassicText()
+    for _ in range(2):  # the second time with names that are kept
+        families = {f.name: f for f in text_string_to_metric_families(writer.of(instruments.read()))}
+        (good,) = families[table.GOOD_REQUESTS.name.removesuffix("_total")].samples
+        assert (good.labels, good.value) == ({"model": "m", "tenant": name, "class": "chat"}, 2.5)
+        ttft = families[table.TIME_TO_FIRST_TOKEN.name]
+        assert (ttft.type, ttft.documentation) == ("histogram", table.TIME_TO_FIRST_TOKEN.help)
+        by_name = {s.name: s.value for s in ttft.samples}
+        assert by_name[f"{ttft.name}_count"] == 2
+        assert by_name[f"{ttft.name}_sum"] == 1e6 + 0.5
+        assert {s.labels["tenant"] for s in ttft.samples} == {name}
 
 
 def test_only_rows_of_this_service_with_their_labels(instruments: Instruments) -> None:
