@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.console.spans import Span, Value
+from services.console.words import milliseconds
 from tandem.telemetry import spans as names
 
 #: Terms besides the first token that a score weighs, said of (chosen, other).
@@ -66,9 +67,9 @@ def in_words(route: Span) -> list[str]:
         others = [c for c in found if not c.chosen and c.predicted_ms is not None][:2]
         text = f"{chosen.where}: {chosen.cached_tokens:,} of {isl:,} tokens cached"
         if chosen.predicted_ms is not None:
-            text += f", predicted {_ms(chosen.predicted_ms)}"
+            text += f", predicted {milliseconds(chosen.predicted_ms)}"
         if others:
-            text += "; " + ", ".join(f"{c.where} would have been {_ms(c.predicted_ms or 0.0)}" for c in others)
+            text += "; " + ", ".join(f"{c.where} would have been {milliseconds(c.predicted_ms or 0.0)}" for c in others)
         sentences.append(text + ".")
         if others and chosen.predicted_ms is not None and _would_be_sooner(others, chosen.predicted_ms):
             sentences.append(_why_not_sooner(chosen, others))
@@ -104,10 +105,6 @@ def _exclusions(route: Span) -> list[str]:
     for worker, reason in zip(_texts(route, names.EXCLUDED_WORKER), _texts(route, names.EXCLUDED_REASON), strict=False):
         by_reason.setdefault(reason, []).append(worker)
     return [f"Not considered, {reason}: {', '.join(workers)}." for reason, workers in by_reason.items()]
-
-
-def _ms(value: float) -> str:
-    return f"{value:,.0f} ms" if value >= 10 else f"{value:.1f} ms"
 
 
 def _items(route: Span, name: str) -> tuple[Value, ...]:

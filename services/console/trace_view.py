@@ -1,10 +1,13 @@
-"""A trace as the page and `tandem trace` get it: spans in the order of the tree, and the placement in words. Pure."""
+"""A trace as the page and `tandem trace` get it: spans in the order of the tree; where its time went and why it was
+placed so, in words. Pure.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+from services.console import where_time_went
 from services.console.placement_words import candidates, in_words
 from services.console.spans import Span
 from services.console.trace_ring import Trace
@@ -48,6 +51,7 @@ def whole(trace: Trace) -> dict[str, Any]:
     return {
         **listed(trace),
         "dropped_spans": trace.dropped,
+        "where_time_went": where_time_went.in_words(spans),
         "placements": [
             {
                 "attempt": int(route.number(names.ATTEMPT) or 0),

@@ -252,7 +252,9 @@ async def test_what_is_published_during_an_outage_arrives_after_it_in_order(worl
     with pytest.raises(BusUnavailable):
         await sender.flush(timeout_s=0.05)
     await world.start()
-    await until(lambda: receiver.connected)  # else the sender is back first, and nobody listens yet
+    # Else the sender's messages are there first, and nobody listens yet.
+    await until(lambda: receiver.connected)
+    await receiver.flush(timeout_s=LONG_S)
     assert receiver.reconnected_at > before
     assert receiver.stats.reconnects == 1
     for i in range(100):

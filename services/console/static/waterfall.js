@@ -1,4 +1,4 @@
-// One trace: the placement in words, and its spans as a waterfall.
+// One trace: where its time went and its placement in words, and its spans as a waterfall.
 
 import { h, percent, time, whole, bytes } from "./dom.js";
 
@@ -7,7 +7,8 @@ const BAD = new Set(["attempt_failed", "cancelled", "prefill_instead", "exceptio
 
 /** A node with all of it. `trace` is what /api/traces/ID gives. */
 export function drawn(trace) {
-  return h("div.trace", {}, head(trace), ...trace.placements.map((p, i) => placement(p, i, trace.placements.length)), waterfall(trace));
+  const went = trace.where_time_went.length > 0 && h("div.words", {}, trace.where_time_went.map(text => h("p", {}, text)));
+  return h("div.trace", {}, head(trace), went, ...trace.placements.map((p, i) => placement(p, i, trace.placements.length)), waterfall(trace));
 }
 
 function head(t) {

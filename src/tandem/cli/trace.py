@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -71,11 +72,14 @@ def as_list(traces: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def as_text(trace: dict[str, Any], width: int, *, colour: bool = False) -> list[str]:
-    """Facts, the placement in words, the waterfall. No line is longer than ``width`` but by names and words."""
+    """Facts, where the time went and the placement in words, the waterfall. Only names make a line too long."""
     lines = [_paint(trace["request_id"] or trace["trace_id"], _BOLD, colour), *_facts(trace), ""]
+    lines += [line for words in trace["where_time_went"] for line in textwrap.wrap(words, width)]
+    if trace["where_time_went"]:
+        lines.append("")
     for placement in trace["placements"]:
         head = f"attempt {placement['attempt'] + 1}: " if len(trace["placements"]) > 1 else ""
-        lines += [head + words for words in placement["words"]]
+        lines += [line for words in placement["words"] for line in textwrap.wrap(head + words, width)]
     if trace["placements"]:
         lines.append("")
     lines += _waterfall(trace["tree"], width, colour)

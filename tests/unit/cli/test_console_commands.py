@@ -75,6 +75,7 @@ def test_a_waterfall_in_the_terminal(url: str, capsys: pytest.CaptureFixture[str
     assert main.dispatch(["trace", "req-000007", "--console", url]) == 0
     out = capsys.readouterr().out
     assert "decode-2: 1,024 of 1,312 tokens cached, predicted 41 ms; decode-1 would have been 118 ms." in out
+    assert "First token after 50 ms." in out and "prefill on decode-2 36 ms" in out
     bars = {line.split()[0]: line.split("│")[1] for line in out.splitlines() if "│" in line}
     assert list(bars) == ["chat", "route", "queue", "prefill", "decode"]
     assert len({len(bar) for bar in bars.values()}) == 1

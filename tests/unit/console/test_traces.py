@@ -8,13 +8,15 @@ import pytest
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from services.console import spans as console_spans
+from services.console import where_time_went
 from services.console.chrome_trace import chrome_trace
 from services.console.placement_words import in_words
 from services.console.spans import spans_of
 from services.console.summary import Slo
 from services.console.trace_ring import MAX_SPANS, Trace, TraceRing
 from services.console.trace_view import in_tree_order, whole
-from tests.unit.console.traces import as_spans, export, otlp, request_spans
+from tandem.telemetry import spans as names
+from tests.unit.console.traces import MS, Given, as_spans, export, otlp, pairs, request_spans
 
 
 def ring_of(size: int = 10, kept: int = 5, slos: dict[str, Slo] | None = None) -> tuple[TraceRing, list[Trace]]:
@@ -138,6 +140,46 @@ def test_a_placement_whose_first_token_would_have_been_sooner_elsewhere_says_why
         "decode-1 would have had the first token sooner, but decode-2 costs less in all: "
         "6.0 ms per token instead of 7.0."
     )
+
+
+def events_of(span: trace_pb2.Span, *events: tuple[str, float, dict[str, str]]) -> None:
+    for name, at_ms, attributes in events:
+        span.events.add(name=name, time_unix_nano=int((10_000 + at_ms) * MS), attributes=pairs(attributes))
+
+
+def test_where_the_time_went_is_told_against_what_was_predicted() -> None:
+    spans = request_spans(1, ttft_s=0.1)
+    by_name = {span.name: span for span in spans}
+    by_name["prefill"].attributes.extend(pairs({names.COMPUTED_TOKENS: 800, names.PREDICTED_CACHED: 1200}))
+    predicted = {names.PREDICTED_TTFT: 43.0, names.PREDICTED_PREFILL: 30.0, names.PREDICTED_ITL: 4.0}
+    by_name["route"].attributes.extend(pairs(predicted))
+    events_of(by_name["decode"], ("first_token", 45, {}))
+    events_of(by_name["chat m"], ("first_token", 100, {}))
+    assert where_time_went.in_words(as_spans(*spans)) == [
+        "First token after 100 ms, 57 ms later than predicted.",
+        "Of these, the longest first: between spans, on the way or in a busy process, 57 ms; prefill on decode-2 36 ms "
+        "(800 tokens computed, 1,024 were cached instead of 1,200, predicted 30 ms); first step on decode-2 5.0 ms.",
+        "Then 6.5 ms per token (predicted 4.0 ms).",
+    ]
+
+
+def test_where_the_time_went_of_an_attempt_that_was_lost_and_a_wait() -> None:
+    spans = request_spans(1, ttft_s=0.4)
+    root = next(span for span in spans if span.name == "chat m")
+    lost = {names.WORKER: "decode-1", names.REASON: "its worker died"}
+    events_of(root, ("attempt_failed", 300, lost), ("retry", 301, {}), ("first_token", 400, {}))
+    key: dict[str, Given] = {"REQUEST_ID": "req-000001", "ATTEMPT": 1, "CHOICE": 0}
+    spans.append(otlp(1, 12, 1, "route", 301, 391, **key, INDEX_MS=1.0))
+    spans.append(otlp(1, 13, 12, "queue", 311, 391, **key, QUEUE_REASON="room", QUEUE_AHEAD=7))
+    (_, parts, _) = where_time_went.in_words(as_spans(*spans))
+    assert parts.startswith(
+        "Of these, the longest first: attempt 1 on decode-1, which was lost, 300 ms (its worker died); waiting in the "
+        f"router 80 ms ({names.QUEUE_REASONS['room']}, 7 waited already)"
+    )
+
+
+def test_nothing_is_said_of_the_time_before_the_root_is_here() -> None:
+    assert where_time_went.in_words(as_spans(*request_spans(1)[:-1])) == []
 
 
 def test_the_view_of_a_trace_is_plain_data() -> None:
