@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import logging
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -43,12 +44,18 @@ _COUNTERS = {
     metric_table.FRONTEND_ERRORS.name: "failed",
 }
 _USAGE_SUM = f"{metric_table.TOKEN_USAGE.name}_sum"
+_WANTED = (*_COUNTERS, _USAGE_SUM)
+#: Looks at a frontend that has never answered, before it is said: when a cluster starts, it is not there yet.
+_PATIENCE = 30
 
 
 def counts_of(exposition: str) -> Counts:
-    """Of one frontend, over its models, tenants and classes. ValueError for what is no Prometheus text."""
+    """Of one frontend, over its models, tenants and classes. ValueError for what is no Prometheus text.
+
+    Of thousands of series a few are wanted, and no others are parsed: this runs once a second."""
     sums = {f.name: 0.0 for f in fields(Counts)}
-    for family in text_string_to_metric_families(exposition):
+    wanted = "\n".join(line for line in exposition.split("\n") if line.startswith(_WANTED))
+    for family in text_string_to_metric_families(wanted):
         for sample in family.samples:
             if sample.name in _COUNTERS:
                 sums[_COUNTERS[sample.name]] += sample.value
@@ -65,7 +72,7 @@ class FrontendCounts:
         self._urls = urls
         self._on_counts = on_counts
         self._last: dict[str, Counts] = {}
-        self._away: set[str] = set()
+        self._misses: Counter[str] = Counter()
 
     async def run(self) -> None:
         while self._urls:
@@ -76,11 +83,11 @@ class FrontendCounts:
         try:
             counts = counts_of(await asyncio.to_thread(_fetch, url))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            if url not in self._away:
+            self._misses[url] += 1
+            if self._misses[url] == (1 if url in self._last else _PATIENCE):
                 log.warning("no metrics from %s: %s", url, error)
-            self._away.add(url)
             return
-        self._away.discard(url)
+        del self._misses[url]
         before, self._last[url] = self._last.get(url), counts
         if before is not None:  # what was before we came is nobody's second
             self._on_counts(counts.since(before))

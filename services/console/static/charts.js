@@ -40,7 +40,7 @@ function make() {
   plots = CHARTS.map(chart => {
     const host = h("div.chart-plot"), empty = h("div.empty", {}, "no request has ended yet");
     $("charts").append(h("div.card.chart", {}, h("h2", {}, chart.title, h("span.quiet", {}, "  last 5 min")), host));
-    const grid = { stroke: css("--line"), width: 1 }, axis = { stroke: css("--dim"), grid, ticks: grid, font: "11px system-ui", size: 52 };
+    const grid = { stroke: css("--line"), width: 1 }, axis = { stroke: css("--dim"), grid, ticks: grid, font: "11px system-ui", size: 60 };
     const value = v => v === null || v === undefined ? "–" : chart.unit === "s" ? time(v) : chart.unit === "%" ? percent(v) : `${rate(v)}/s`;
     const plot = new uPlot({
       width: host.clientWidth || 320, height: 150, cursor: { y: false, points: { size: 6 } }, legend: { live: true },
@@ -64,5 +64,8 @@ async function refresh() {
     const data = chart.series.map(([, name]) => columns[name]);
     empty.hidden = data.some(column => column.some(v => v !== null && v !== undefined));
     plot.setData([columns.t, ...data]);
+    // Nobody points at it: the legend says the newest.
+    const newest = columns.t.findLastIndex((_, i) => data.some(column => column[i] !== null && column[i] !== undefined));
+    if (newest >= 0 && (plot.cursor.left ?? -1) < 0) plot.setLegend({ idx: newest });
   }
 }
