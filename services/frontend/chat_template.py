@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, ext, nodes
 from jinja2.parser import Parser
+from jinja2.runtime import new_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import ConfigError, InvalidRequest
@@ -60,7 +61,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ConfigError(f"{name}, line {error.lineno}: {error.message}") from None
-        self._tokens = dict(tokens)
+        #: What every rendering sees: merged once, and not again for each.
+        self._known = {**self._template.globals, **tokens}
 
     def render(
         self,
@@ -71,15 +73,17 @@ class ChatTemplate:
         extra: Mapping[str, Any] | None = None,
     ) -> str:
         """InvalidRequest when the template refuses these messages."""
-        values = {**self._tokens, **(extra or {})}
+        values = {
+            **self._known,
+            **(extra or {}),
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._template.render(
-                **values,
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
+            context = new_context(self._template.environment, self._template.name, self._template.blocks, values, True)
+            return "".join(self._template.root_render_func(context))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # A template computes on what the client sent: whatever it stumbles over came from there.
             reason = str(error) or type(error).__name__

@@ -55,9 +55,8 @@ class _ByteLevel(Detokenizer):
     def push_all(self, token_ids: Sequence[int]) -> list[str]:
         """Nearly all tokens are whole characters: a look into a table, a tenth of the decoder's time."""
         if not self._used or not self._decoder.getstate()[0]:
-            texts = self._texts
             try:
-                found = [texts[token_id] for token_id in token_ids]
+                found = list(map(self._texts.__getitem__, token_ids))
             except IndexError:
                 found = [None]
             if None not in found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from services.frontend.generation import GenerationRequest
 from services.frontend.options import Options
@@ -118,12 +118,7 @@ class Intake:
         if not min(map(len, prompts)):
             raise InvalidRequest(f"{param}: the prompt is empty", param=param)
         max_tokens = _max_tokens(model, longest, options.max_tokens, param)
-        sampling = replace(
-            _sampling(model, options, max_tokens),
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            structured_output=structured_output,
-        )
+        sampling = _sampling(model, options, max_tokens, logprobs, prompt_logprobs, structured_output)
         request_class = self.tenants.request_class(caller.tenant, options.request_class)
         timeout_s = request_class.timeout_s
         return GenerationRequest(
@@ -174,7 +169,14 @@ def _too_long(model: ServedModel, tokens: str, param: str) -> ContextLengthExcee
     )
 
 
-def _sampling(model: ServedModel, options: Options, max_tokens: int) -> SamplingParams:
+def _sampling(
+    model: ServedModel,
+    options: Options,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    structured_output: StructuredOutput | None,
+) -> SamplingParams:
     def chosen(value: float | None, name: str, otherwise: float) -> float:
         return model.defaults.get(name, otherwise) if value is None else value
 
@@ -198,13 +200,16 @@ def _sampling(model: ServedModel, options: Options, max_tokens: int) -> Sampling
         presence_penalty=options.presence_penalty or 0.0,
         frequency_penalty=options.frequency_penalty or 0.0,
         repetition_penalty=chosen(options.repetition_penalty, "repetition_penalty", 1.0),
-        logit_bias=_logit_bias(options.logit_bias, size),
+        logit_bias=_logit_bias(options.logit_bias, size) if options.logit_bias else (),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        structured_output=structured_output,
     )
 
 
-def _logit_bias(bias: dict[str, float] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
+def _logit_bias(bias: dict[str, float], vocab_size: int) -> tuple[tuple[int, float], ...]:
     found = {}
-    for key, value in (bias or {}).items():
+    for key, value in bias.items():
         # isdecimal alone takes digits of every script; int() would too
         if not (key.isascii() and key.isdecimal() and int(key) < vocab_size):
             raise InvalidRequest(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Any, Protocol
 
 from services.frontend.generation import Delta, GenerationRequest, Usage
@@ -80,7 +80,7 @@ class OpenAIRoutes:
             model,
             [prompt],
             wanted,
-            id="chatcmpl-" + uuid.uuid4().hex,
+            id="chatcmpl-" + token_hex(16),
             param="messages",
             n=wanted.n or 1,
             streaming=bool(wanted.stream),
@@ -110,7 +110,7 @@ class OpenAIRoutes:
             model,
             prompts,
             wanted,
-            id="cmpl-" + uuid.uuid4().hex,
+            id="cmpl-" + token_hex(16),
             operation="text_completion",
             param="prompt",
             n=n,
@@ -135,7 +135,7 @@ class OpenAIRoutes:
             model,
             [prompt],
             wanted,
-            id="resp_" + uuid.uuid4().hex,
+            id="resp_" + token_hex(16),
             param="input",
             streaming=bool(wanted.stream),
             structured_output=wanted.structured_output,

@@ -107,7 +107,7 @@ class RequestTable:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _on_columns(self, frame: bus_pb2.TokenFrame, worker: WorkerAddress, now: float) -> None:
-        tokens = token_ids(frame.tokens)
+        tokens = token_ids(frame.tokens).tolist()  # its slices and items are cheaper than an array's
         if not len(frame.rids) == len(frame.seqs) == len(frame.counts) or sum(frame.counts) != len(tokens):
             raise ValueError("token frame whose columns differ in length")
         logprobs = {(update.rid, update.seq): update for update in frame.logprobs}
