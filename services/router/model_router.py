@@ -106,6 +106,8 @@ class ModelRouter:
         self._doubts = Doubts(settings.ask_after_s)
         self._tasks: asyncio.TaskGroup | None = None
         self._wakeup: asyncio.TimerHandle | None = None
+        self._wakes_at = 0.0
+        self._poll_due: asyncio.Handle | None = None
         #: The index does not answer: load alone decides.
         self.index_away = False
         self.fleet = Fleet(
@@ -147,8 +149,9 @@ class ModelRouter:
                 tasks.create_task(self._save_counters())
                 tasks.create_task(self._repair_accounting())
         finally:
-            if self._wakeup is not None:
-                self._wakeup.cancel()
+            for handle in (self._wakeup, self._poll_due):
+                if handle is not None:
+                    handle.cancel()
             await self.fleet.close()
 
     async def explain(self, request: Request, hashes: bytes) -> Explanation:
@@ -194,7 +197,7 @@ class ModelRouter:
             self.scheduler.submit(request, cached, self._now())
         except TandemError as error:
             self._refuse(request.key, error)
-        self._poll()
+        self._poll_soon()
 
     async def _cached(self, hashes: bytes) -> Mapping[str, int]:
         """worker -> cached prompt tokens. Empty when the index cannot be asked: routing goes on by load alone."""
@@ -228,7 +231,7 @@ class ModelRouter:
             submitted = self._submitted.pop(key, None)
             if submitted is not None and submitted.stay is not None:
                 self._traces.ended(submitted.stay, Cancelled("not wanted any more"))
-        self._poll()
+        self._poll_soon()
 
     # -- from workers ----------------------------------------------------------------------------------------------
 
@@ -239,7 +242,7 @@ class ModelRouter:
         self.leadership.hear(report.epoch)
         if self.fleet.heard(report):
             self.scheduler.worker_load(codec.load_from_wire(report), self._now())
-            self._poll()
+            self._poll_soon()
 
     def _on_events(self, message: Message) -> None:
         batch = bus_pb2.LifecycleEvents.FromString(message.data)
@@ -263,7 +266,7 @@ class ModelRouter:
                     if self._doubts.denied(key, batch.worker.id):
                         log.warning("request %s is known to none of its workers any more", key.id)
                         self._fail(key, UnknownRequest("none of its workers knows this request"))
-        self._poll()
+        self._poll_soon()
 
     def _on_bounce(self, message: Message) -> None:
         """Nobody took an assignment."""
@@ -274,7 +277,7 @@ class ModelRouter:
         self.fleet.no_responders(worker)
         key = RequestKey(request_id, int(attempt), int(choice))
         self._fail(key, WorkerLostError(f"worker {worker} does not answer"))
-        self._poll()
+        self._poll_soon()
 
     # -- from the fleet --------------------------------------------------------------------------------------------
 
@@ -378,7 +381,15 @@ class ModelRouter:
 
     # -- doing what was decided ------------------------------------------------------------------------------------
 
+    def _poll_soon(self) -> None:
+        """Once for all that this turn of the event loop brings."""
+        if self._poll_due is None:
+            self._poll_due = asyncio.get_running_loop().call_soon(self._poll)
+
     def _poll(self) -> None:
+        if self._poll_due is not None:
+            self._poll_due.cancel()
+            self._poll_due = None
         now = self._now()
         may_place = self.leadership.epoch > 0 and not self.fleet.bus_in_doubt()
         if may_place:
@@ -390,13 +401,22 @@ class ModelRouter:
                         self._refuse(effect.request.key, effect.error)
                     case Recall():
                         self._recall(effect.request.key)
-        if self._wakeup is not None:
-            self._wakeup.cancel()
-            self._wakeup = None
         at = self.scheduler.next_wakeup(now)
         if at is not None:
-            delay = max(0.001 if may_place else NOT_NOW_S, at - now)
-            self._wakeup = asyncio.get_running_loop().call_later(delay, self._poll)
+            self._wake_at(max(at, now + (0.001 if may_place else NOT_NOW_S)), now)
+
+    def _wake_at(self, at: float, now: float) -> None:
+        """One that is early does no harm: it is not moved to where it would be due."""
+        if self._wakeup is not None:
+            if self._wakes_at <= at:
+                return
+            self._wakeup.cancel()
+        self._wakes_at = at
+        self._wakeup = asyncio.get_running_loop().call_later(at - now, self._woken)
+
+    def _woken(self) -> None:
+        self._wakeup = None
+        self._poll()
 
     def _place(self, effect: Place) -> None:
         key, plan = effect.request.key, effect.plan
