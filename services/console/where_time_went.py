@@ -16,6 +16,8 @@ from tandem.telemetry import spans as names
 #: A part of the time is told from this share on, and so many parts at most.
 _LEAST_SHARE = 0.04
 _MOST_PARTS = 5
+#: vLLM's name: seconds in the engine's own queue.
+_ENGINE_QUEUE = "gen_ai.latency.time_in_queue"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ def in_words(spans: Iterable[Span]) -> list[str]:
     lost = [event for event in root.events if event.name == names.FAILURE.name and event.at_ns <= until_ns]
     attempt = [span for span in ordered if span is not root and int(span.number(names.ATTEMPT) or 0) == len(lost)]
     before_ms = 1e3 * ttft_s if ttft_s is not None else root.duration_s * 1e3
-    parts = [*_lost(root, lost), *([] if lost else _tokenised(ordered)), *_phases(attempt, ended=first is None)]
+    parts = [*_lost(root, lost), *([] if lost else _tokenised(ordered))]
+    parts += _phases(attempt, [s for s in ordered if s.name == names.LLM_REQUEST.name], ended=first is None)
     parts.append(Part(before_ms - sum(part.ms for part in parts), "between spans, on the way or in a busy process,"))
     told = sorted((p for p in parts if p.ms >= _LEAST_SHARE * before_ms), key=lambda part: -part.ms)[:_MOST_PARTS]
     route = next((span for span in attempt if span.name == names.ROUTE.name), None)
@@ -81,7 +84,7 @@ def _tokenised(spans: list[Span]) -> list[Part]:
     return [Part(1e3 * span.duration_s, "tokenizing") for span in spans if span.name == names.TOKENIZE.name][:1]
 
 
-def _phases(attempt: list[Span], *, ended: bool) -> list[Part]:
+def _phases(attempt: list[Span], of_engines: list[Span], *, ended: bool) -> list[Part]:
     """``ended``: before any token came."""
     found = {span.name: span for span in reversed(attempt)}
     route, queue = found.get(names.ROUTE.name), found.get(names.QUEUE.name)
@@ -95,7 +98,8 @@ def _phases(attempt: list[Span], *, ended: bool) -> list[Part]:
         more = (f"{milliseconds(index_ms)} of it looking up prefixes",) if index_ms else ()
         parts.append(Part(max(0.0, 1e3 * route.duration_s - inside_ms), "placement", more))
     if prefill is not None:
-        parts.append(Part(1e3 * prefill.duration_s, f"prefill on {_where(prefill)}", _of_prefill(prefill, route)))
+        more = (*_in_engines_queue(prefill, of_engines), *_of_prefill(prefill, route))
+        parts.append(Part(1e3 * prefill.duration_s, f"prefill on {_where(prefill)}", more))
     if pull is not None:
         what = f"KV from {pull.text(names.KV_SOURCE) or 'elsewhere'} to {_where(pull)}"
         parts.append(Part(1e3 * pull.duration_s, what, _of_pull(pull, route)))
@@ -110,6 +114,15 @@ def _waited_for(queue: Span) -> tuple[str, ...]:
     return (*more, f"{ahead:,} waited already") if more and ahead else more
 
 
+def _in_engines_queue(prefill: Span, of_engines: list[Span]) -> tuple[str, ...]:
+    """The engine's span of it is of the same process, and begins within it."""
+    for span in of_engines:
+        if span.instance == prefill.instance and prefill.start_ns <= span.start_ns <= prefill.end_ns:
+            queued_s = span.number(_ENGINE_QUEUE) or 0.0
+            return (f"{milliseconds(1e3 * queued_s)} of it in the engine's queue",) if queued_s >= 1e-3 else ()
+    return ()
+
+
 def _of_prefill(prefill: Span, route: Span | None) -> tuple[str, ...]:
     more = []
     if (computed := prefill.number(names.COMPUTED_TOKENS)) is not None:
@@ -122,6 +135,9 @@ def _of_prefill(prefill: Span, route: Span | None) -> tuple[str, ...]:
 
 def _of_pull(pull: Span, route: Span | None) -> tuple[str, ...]:
     more = []
+    claim_ms = pull.number(names.KV_CLAIM_MS) or 0.0
+    if claim_ms > 0.1 * 1e3 * pull.duration_s:
+        more.append(f"{milliseconds(claim_ms)} of it claiming")
     if pulled := pull.number(names.KV_BYTES):
         more.append(size(pulled))
     if (pull_ms := pull.number(names.KV_PULL_MS)) is not None:

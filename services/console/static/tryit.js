@@ -6,17 +6,24 @@ import { drawn } from "./waterfall.js";
 
 let models = [], built = false, controller = null;
 
-export function start() { on("snapshot", data => { models = data.models; }); }
+export function start() { on("snapshot", data => { models = data.models; if (built) options(); }); }
+/** The feed's snapshot may come after the panel is opened. */
+function options() {
+  const select = $("try-model"), chosen = select.value;
+  replace(select, models.map(m => h("option", {}, m)));
+  if (models.includes(chosen)) select.value = chosen;
+}
 export function shown() {
   if (built) return;
   built = true;
   replace($("view-try"), h("form.card.try", { onsubmit: event => { event.preventDefault(); ask(); } },
     h("div.card-head", {}, h("h1", {}, "Try it")),
     h("label", {}, h("span.visually-hidden", {}, "Question"), h("textarea", { id: "try-prompt", required: true, onkeydown: event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask(); } }, "Why do the sea and the sky look blue?")),
-    h("div.row", {}, h("label.quiet", {}, "model ", h("select", { id: "try-model" }, models.map(m => h("option", {}, m)))), h("label.quiet", {}, "tokens at most ", h("input", { type: "number", id: "try-max", min: 1, max: 8000, value: 128 })),
-      h("label.quiet", {}, "API key ", h("input", { type: "password", id: "try-key", autocomplete: "off", size: 14, placeholder: "if tenants have them" })),
+    h("div.row", {}, h("label.quiet", {}, "model ", h("select", { id: "try-model" })), h("label.quiet", {}, "tokens at most ", h("input", { type: "number", id: "try-max", min: 1, max: 8000, value: 128 })),
+      h("label.quiet", {}, "API key ", h("input", { type: "password", id: "try-key", autocomplete: "off", size: 18, placeholder: "if tenants have them" })),
       h("button.primary", { id: "try-ask" }, "Ask"), h("button", { type: "button", id: "try-stop", disabled: true, onclick: () => controller?.abort() }, "Stop"), h("span.dim", { id: "try-figures", role: "status" })),
     h("div.answer", { id: "try-answer" })), h("div.card", { id: "try-trace", hidden: true }));
+  options();
 }
 
 async function ask() {
@@ -63,7 +70,7 @@ async function trace(id) {
     spans = found.spans;
     host.hidden = false; replace(host, drawn(found));
   }
-  if (spans < 0) { host.hidden = false; replace(host, h("p.dim", {}, "Its trace did not arrive.")); }
+  if (spans < 0) { host.hidden = false; replace(host, h("p.dim", {}, "Its trace did not arrive. What is refused before it is a request has none.")); }
 }
 
 async function* events(body) {

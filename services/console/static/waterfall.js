@@ -7,7 +7,7 @@ const BAD = new Set(["attempt_failed", "cancelled", "prefill_instead", "exceptio
 
 /** A node with all of it. `trace` is what /api/traces/ID gives. */
 export function drawn(trace) {
-  const went = trace.where_time_went.length > 0 && h("div.words", {}, trace.where_time_went.map(text => h("p", {}, text)));
+  const went = trace.where_time_went.length > 0 && h("div.words.went", {}, trace.where_time_went.map(text => h("p", {}, text)));
   return h("div.trace", {}, head(trace), went, ...trace.placements.map((p, i) => placement(p, i, trace.placements.length)), waterfall(trace));
 }
 

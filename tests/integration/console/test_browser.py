@@ -224,7 +224,8 @@ def test_a_trace_is_found_explained_drawn_and_downloaded(seen: Seen, cluster: Cl
     assert f"{trace['input_tokens']:,}" in row.inner_text() and trace["decode_worker"] in row.inner_text()
     row.click()
     one = page.locator("#trace-one")
-    expect(one.locator(".words")).to_contain_text(trace["placements"][0]["words"][0])
+    expect(one.locator(".words.went")).to_contain_text(trace["where_time_went"][0])
+    expect(one.locator(".words:not(.went)")).to_contain_text(trace["placements"][0]["words"][0])
     expect(one.locator(".wf-row")).to_have_count(len(trace["tree"]))
     names = [text.split("\n")[0] for text in one.locator(".wf-name").all_inner_texts()]
     for name in ("route", "queue", "prefill", "kv_transfer", "decode"):
@@ -259,8 +260,15 @@ def test_a_question_is_answered_and_its_trace_drawn_underneath(seen: Seen) -> No
     expect(page.locator("#try-figures")).to_contain_text("12 new; first after")
     assert len(page.locator("#try-answer").inner_text().split()) == 12
     expect(page.locator("#try-trace .wf-bar.decode")).to_be_visible(timeout=30_000)
-    expect(page.locator("#try-trace .words")).to_contain_text("tokens cached")
+    expect(page.locator("#try-trace .words:not(.went)")).to_contain_text("tokens cached")
     seen.picture("try")
+
+
+def test_the_panel_opened_by_its_own_address_knows_the_models(seen: Seen) -> None:
+    page = seen.context.new_page()
+    page.goto(f"{seen.url}#try")
+    expect(page.locator("#try-model")).to_have_value(MODEL)
+    page.close()
 
 
 def test_what_the_figures_say_is_what_the_api_says(seen: Seen, cluster: Cluster) -> None:

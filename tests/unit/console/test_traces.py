@@ -153,12 +153,16 @@ def test_where_the_time_went_is_told_against_what_was_predicted() -> None:
     by_name["prefill"].attributes.extend(pairs({names.COMPUTED_TOKENS: 800, names.PREDICTED_CACHED: 1200}))
     predicted = {names.PREDICTED_TTFT: 43.0, names.PREDICTED_PREFILL: 30.0, names.PREDICTED_ITL: 4.0}
     by_name["route"].attributes.extend(pairs(predicted))
+    engine = otlp(1, 9, 1, "llm_request", 5, 200)
+    engine.attributes.extend(pairs({"gen_ai.latency.time_in_queue": 0.02}))
+    spans.append(engine)
     events_of(by_name["decode"], ("first_token", 45, {}))
     events_of(by_name["chat m"], ("first_token", 100, {}))
     assert where_time_went.in_words(as_spans(*spans)) == [
         "First token after 100 ms, 57 ms later than predicted.",
-        "Of these, the longest first: between spans, on the way or in a busy process, 57 ms; prefill on decode-2 36 ms "
-        "(800 tokens computed, 1,024 were cached instead of 1,200, predicted 30 ms); first step on decode-2 5.0 ms.",
+        "Of these, the longest first: between spans, on the way or in a busy process, 57 ms; "
+        "prefill on decode-2 36 ms (20 ms of it in the engine's queue, 800 tokens computed, "
+        "1,024 were cached instead of 1,200, predicted 30 ms); first step on decode-2 5.0 ms.",
         "Then 6.5 ms per token (predicted 4.0 ms).",
     ]
 
