@@ -123,7 +123,8 @@ class _Regression:
 
 def _bounded(theta: _Terms) -> _Terms:
     """Within the limits of a multiplier."""
-    if min(theta) >= _LEAST and max(theta) <= LIMIT:
+    a, b, c, d = theta
+    if _LEAST <= a <= LIMIT and _LEAST <= b <= LIMIT and _LEAST <= c <= LIMIT and _LEAST <= d <= LIMIT:
         return theta
     a, b, c, d = (max(_LEAST, min(LIMIT, t)) for t in theta)
     return a, b, c, d

@@ -64,9 +64,10 @@ class Standings(NamedTuple):
     lenders: Standing  # of the decoders, those that may prefill for others
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Inquiry:
-    """One request as placement sees it, with everything it depends on resolved."""
+    """One request as placement sees it, with everything it depends on resolved. Nobody changes it; a frozen one would
+    take thrice the time to make, for every look at a request."""
 
     request: Request
     cached: Mapping[str, int]
@@ -163,7 +164,9 @@ def _summary(chosen: Candidate | None, count: int) -> str:
 
 def need_blocks(view: WorkerView, tokens: int) -> int:
     """KV blocks to reserve; an expected output that would not fit even alone reserves the whole worker."""
-    return min(blocks_for(tokens, view.spec.block_size), view.spec.kv_blocks_total)
+    spec = view.spec
+    blocks = -(-tokens // spec.block_size)
+    return blocks if blocks < spec.kv_blocks_total else spec.kv_blocks_total
 
 
 def unfit(view: WorkerView, request: Request, avoid: frozenset[str] = frozenset()) -> str:
@@ -230,7 +233,9 @@ def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: flo
     batch = view.own_sequences + view.foreign_sequences
     if batch:
         decode_s = perf.d0 + perf.d1 * batch + perf.d2 * (view.own_kv_tokens + view.foreign_kv_tokens)
-        extra = max(work, own - steps * decode_s)
+        extra = own - steps * decode_s
+        if extra < work:
+            extra = work
     return _Source(inflation * total, inflation * own, inflation * pending_s, inflation * extra, view)
 
 
@@ -239,18 +244,23 @@ def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: flo
 _Lender = tuple[_Source, float]
 
 
-def _lenders(views: Sequence[WorkerView], inquiry: Inquiry, policy: Policy, now: float) -> list[_Lender]:
-    """The soonest first, without those that two others beat in time and harm: one may be the decode worker itself."""
+def _lenders(
+    views: Sequence[WorkerView], inquiry: Inquiry, policy: Policy, now: float, tau: float, sources: dict[str, _Source]
+) -> list[_Lender]:
+    """The soonest first, without those that two others beat in time and harm: one may be the decode worker itself.
+
+    All of ``views`` as places to compute the prompt go to ``sources``, by worker.
+    """
     inflation, tpot_s, osl = policy.inflation, inquiry.targets.tpot_s, inquiry.expected_osl
-    tau = disturbance_window_s(osl, tpot_s)
     found: list[_Lender] = []
     for view in views:
         source, harm = _source(view, view.reading(now), inquiry, inflation), 0.0
+        sources[view.id] = source
         batch = view.own_sequences + view.foreign_sequences
         if batch:
             step_s = view.perf.decode_step_s(batch, view.own_kv_tokens + view.foreign_kv_tokens + 0.5 * osl * batch)
-            share = min(_MAX_DISTURBANCE, (view.prefill_share_s(now, tau) + source.extra_s) / tau)
-            harm = inflation * step_s / (1.0 - share) / tpot_s
+            share = (view.prefill_share_s(now, tau) + source.extra_s) / tau
+            harm = inflation * step_s / (1.0 - (share if share < _MAX_DISTURBANCE else _MAX_DISTURBANCE)) / tpot_s
         found.append((source, harm))
     found.sort(key=_total_s)
     kept: list[_Lender] = []
@@ -316,10 +326,13 @@ def decide(
         able_d = _promising_decoders(able_d, inquiry, policy.exact_candidates)
     if len(able_p) > policy.exact_candidates:
         able_p = _promising_prefillers(able_p, inquiry, policy.exact_candidates)
-    lenders = _lenders(able_p, inquiry, policy, now)
+    tau = disturbance_window_s(inquiry.expected_osl, inquiry.targets.tpot_s)
+    sources: dict[str, _Source] = {}
+    lenders = _lenders(able_p, inquiry, policy, now, tau, sources)
     candidates: list[Candidate] = []
     for view in able_d:
-        _plans_on(view, lenders, inquiry, policy, now, candidates)
+        here = sources.get(view.id) or _source(view, view.reading(now), inquiry, policy.inflation)
+        _plans_on(_seat(view, inquiry, policy, now, tau), here, lenders, inquiry, policy, candidates)
     found = len(candidates)
     if inquiry.guard_share < 1.0:
         candidates = [candidate for candidate in candidates if candidate.itl_of_target <= inquiry.guard_share]
@@ -449,7 +462,7 @@ class _Seat(NamedTuple):
     kv: float
 
 
-def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float) -> _Seat:
+def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float, tau: float) -> _Seat:
     osl, perf = inquiry.expected_osl, view.perf
     batch = view.own_sequences + view.foreign_sequences
     others = view.own_kv_tokens + view.foreign_kv_tokens + 0.5 * osl * batch
@@ -457,7 +470,6 @@ def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float) -> _Se
     step_s = perf.decode_step_s(batch + 1, others + kv_tokens)
     # An idle worker would decode for this request alone: all of the step is its own.
     longer_s = step_s if not batch else perf.d1 + perf.d2 * kv_tokens
-    tau = disturbance_window_s(osl, inquiry.targets.tpot_s)
     blocks = view.blocks_in_use + need_blocks(view, inquiry.reserve_tokens)
     inflation = policy.inflation
     return _Seat(
@@ -467,22 +479,23 @@ def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float) -> _Se
 
 
 def _plans_on(
-    decode: WorkerView,
+    seat: _Seat,
+    here: _Source,
     lenders: Sequence[_Lender],
     inquiry: Inquiry,
     policy: Policy,
-    now: float,
     found: list[Candidate],
 ) -> None:
-    """Appends ``local(decode)`` and the best ``remote(p, decode)``, as far as the policy allows."""
-    seat = _seat(decode, inquiry, policy, now)
+    """Appends ``local(decode)`` and the best ``remote(p, decode)``, as far as the policy allows. ``here``: the decode
+    worker as the place where the prompt is computed."""
+    decode = seat.view
     if policy.local_prefill or not any(
         source.view is not decode and can_transfer(source.view, decode) for source, _ in lenders
     ):
-        local = _source(decode, decode.reading(now), inquiry, policy.inflation)
-        itl_s = seat.step_s / (1.0 - min(_MAX_DISTURBANCE, (seat.rho + local.extra_s) / seat.tau))
-        found.append(_candidate(seat, local, None, inquiry.waited_s + local.total_s, 0.0, itl_s, 0.0, inquiry, policy))
-    if lenders:
+        share = (seat.rho + here.extra_s) / seat.tau
+        itl_s = seat.step_s / (1.0 - (share if share < _MAX_DISTURBANCE else _MAX_DISTURBANCE))
+        found.append(_candidate(seat, here, None, inquiry.waited_s + here.total_s, 0.0, itl_s, 0.0, inquiry, policy))
+    if lenders and decode.kv_format is not None:
         _remote_plan(seat, lenders, inquiry, policy, found)
 
 
@@ -495,17 +508,21 @@ def _remote_plan(
     missing = max(0, inquiry.request.isl_tokens - inquiry.cached.get(decode.id, 0))
     moved = float(missing * decode.spec.kv_bytes_per_token)
     undisturbed_s = step_s / (1.0 - min(_MAX_DISTURBANCE, seat.rho / seat.tau))
-    own_link, own_transfers = decode.spec.link_bytes_per_s, decode.transfer_bytes
+    kind, own_link, own_transfers = decode.kv_format, decode.spec.link_bytes_per_s, decode.transfer_bytes
     least = math.inf
     best: tuple[_Source, float, float, float] | None = None
     for source, harm in lenders:
         view = source.view
-        if view is decode or not can_transfer(view, decode):
+        if view is decode or view.kv_format != kind:  # as can_transfer says
             continue
-        link = max(1.0, min(view.spec.link_bytes_per_s, own_link))
-        transfer_s = (moved + max(view.transfer_bytes, own_transfers)) / link
+        link, before = view.spec.link_bytes_per_s, view.transfer_bytes
+        if link > own_link:
+            link = own_link
+        transfer_s = (moved + (before if before > own_transfers else own_transfers)) / (link if link > 1.0 else 1.0)
         ttft_s = waited_s + (source.total_s + transfer_s) + step_s
-        itl_s = max(undisturbed_s, harm * tpot_target)
+        itl_s = harm * tpot_target
+        if itl_s < undisturbed_s:
+            itl_s = undisturbed_s
         added = effort * (source.extra_s + seat.longer_s) / ttft_target
         score = _score(ttft_s / ttft_target, itl_s / tpot_target, kv, added, policy)
         if score < least:
