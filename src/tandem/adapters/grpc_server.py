@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
+import stat
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -88,15 +88,24 @@ class GrpcServer:
         # gRPC itself can only end both at once, and with them calls that it has not begun (docs/decisions/leaving.md).
         # So its listening descriptor is made to name a socket on which nothing ever happens.
         for descriptor in map(int, os.listdir("/proc/self/fd")):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as found:
-                if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) and found.getsockname()[1] == self.port:
-                    with socket.socket() as nothing:
-                        os.dup2(nothing.fileno(), descriptor, inheritable=False)
+            if _listens_on(descriptor, self.port):
+                with socket.socket() as nothing:
+                    os.dup2(nothing.fileno(), descriptor, inheritable=False)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Not serving and no new calls from now on; those that run have ``grace_s``, then they are cancelled."""
         await self._health.enter_graceful_shutdown()
         await self.server.stop(grace_s)
+
+
+def _listens_on(descriptor: int, port: int) -> bool:
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return False
+        with socket.socket(fileno=os.dup(descriptor)) as found:
+            return bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) and found.getsockname()[1] == port
+    except OSError:  # closed since it was listed, or not of the internet
+        return False
 
 
 def open_channel(address: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
