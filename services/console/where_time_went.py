@@ -98,8 +98,8 @@ def _phases(attempt: list[Span], of_engines: list[Span], *, ended: bool) -> list
         more = (f"{milliseconds(index_ms)} of it looking up prefixes",) if index_ms else ()
         parts.append(Part(max(0.0, 1e3 * route.duration_s - inside_ms), "placement", more))
     if prefill is not None:
-        more = (*_in_engines_queue(prefill, of_engines), *_of_prefill(prefill, route))
-        parts.append(Part(1e3 * prefill.duration_s, f"prefill on {_where(prefill)}", more))
+        about = (*_in_engines_queue(prefill, of_engines), *_of_prefill(prefill, route))
+        parts.append(Part(1e3 * prefill.duration_s, f"prefill on {_where(prefill)}", about))
     if pull is not None:
         what = f"KV from {pull.text(names.KV_SOURCE) or 'elsewhere'} to {_where(pull)}"
         parts.append(Part(1e3 * pull.duration_s, what, _of_pull(pull, route)))
