@@ -22,6 +22,7 @@ from services.frontend.intake import Caller, Intake
 from services.frontend.openai_responses import DONE, KEEP_ALIVE, event
 from services.frontend.openai_routes import AnswerForm, Exchange, Route
 from tandem.adapters.clock import monotonic
+from tandem.adapters.deployment import Tenant
 from tandem.errors import (
     Cancelled,
     InternalError,
@@ -89,6 +90,21 @@ class PostedRoutes:
     def max_body_bytes(self) -> int:
         return self._intake.limits.max_body_bytes
 
+    def refused(self, headers: Mapping[bytes, bytes]) -> TandemError | None:
+        """Why a request is refused whatever its body says."""
+        if not self._intake.tenants.open:
+            try:
+                self._tenant(headers)
+            except TandemError as error:
+                return error
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self.max_body_bytes:
+            return PayloadTooLarge(f"the body has {int(length)} bytes; the limit is {self.max_body_bytes}")
+        return None
+
+    def _tenant(self, headers: Mapping[bytes, bytes]) -> Tenant:
+        return self._intake.tenants.of_authorization(headers.get(b"authorization", b"").decode("latin-1"))
+
     @property
     def crowded(self) -> bool:
         return self._crowded()
@@ -104,7 +120,9 @@ class PostedRoutes:
         headers: dict[bytes, bytes] = dict(scope["headers"])
 
         async def read_body() -> bytes:
-            return await _read_body(receive, headers, self.max_body_bytes)
+            if (refused := self.refused(headers)) is not None:
+                raise refused
+            return await _read_body(receive, self.max_body_bytes)
 
         response = _AsgiResponse(send, headers, self.told)
         await self.answer(route, headers, read_body, response, _watch_over(receive))
@@ -133,7 +151,7 @@ class PostedRoutes:
         arrival_s = monotonic()
         traceparent = headers.get(b"traceparent", b"")
         caller = Caller(
-            tenant=self._intake.tenants.of_authorization(headers.get(b"authorization", b"").decode("latin-1")),
+            tenant=self._tenant(headers),
             traceparent=traceparent.decode() if _TRACEPARENT.fullmatch(traceparent) else "",
         )
         body = await read_body()
@@ -210,10 +228,7 @@ async def _unless_disconnected(work: Coroutine[Any, Any, bytes], watch: Watch) -
         working.cancel()
 
 
-async def _read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int) -> bytes:
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > limit:
-        raise PayloadTooLarge(f"the body has {int(length)} bytes; the limit is {limit}")
+async def _read_body(receive: Receive, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     try:

@@ -45,9 +45,11 @@ class DirectConnection(Connection):
             exchange.queued = True
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._posted.max_body_bytes:
-            exchange.fail(PayloadTooLarge(f"the body has {int(length)} bytes; the limit is {exchange.limit}"))
+        else:
+            exchange.expect_body()
+        refused = self._posted.refused(headers)
+        if refused is not None:
+            exchange.fail(refused)
 
     def _route(self) -> Route | None:
         if self.parser.get_method() != b"POST" or self.parser.get_http_version() != "1.1":
@@ -67,6 +69,8 @@ class DirectConnection(Connection):
     def on_message_complete(self) -> None:
         cycle: object = self.cycle
         if type(cycle) is _Exchange:
+            self.message_is_complete()
+            cycle.whole = True
             cycle.complete()
         else:
             super().on_message_complete()
@@ -82,7 +86,7 @@ class DirectConnection(Connection):
 
     def ended(self, exchange: _Exchange) -> None:
         self._exchanges.remove(exchange)
-        if not exchange.keep_alive:
+        if exchange.whole and not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()
 
@@ -118,14 +122,21 @@ class _Exchange:
         self.disconnected = False
         #: Another is being answered before it; uvicorn begins this one in its turn.
         self.queued = False
+        #: All of the request has come.
+        self.whole = False
         self._parts: list[bytes] = []
         self._size = 0
         self._failure: TandemError | None = None
         self._received = asyncio.Event()
         self._on_leave: Callable[[], None] | None = None
-        self._timer: asyncio.TimerHandle | None = connection.loop.call_later(BODY_TIMEOUT_S, self._too_late)
+        self._timer: asyncio.TimerHandle | None = None
 
     # -- the request -----------------------------------------------------------------------------------------------
+
+    def expect_body(self) -> None:
+        """In time, from now on: nothing is read of one that waits for its turn."""
+        if not self._received.is_set():
+            self._timer = self._connection.loop.call_later(BODY_TIMEOUT_S, self._too_late)
 
     def feed(self, part: bytes) -> None:
         if self._received.is_set():
@@ -152,8 +163,6 @@ class _Exchange:
         self.complete()
 
     def _too_late(self) -> None:
-        # The rest of the request may never come, and nothing waits for it any more.
-        self.keep_alive = False
         self.fail(RequestTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"))
 
     async def _read_body(self) -> bytes:
@@ -171,6 +180,8 @@ class _Exchange:
 
     async def run_asgi(self, app: object) -> None:
         """The name by which uvicorn runs its cycles; no ASGI here."""
+        if self.queued:
+            self.expect_body()
         response = _DirectResponse(self._connection, self, self._headers, self._posted.told)
         await self._posted.answer(self._route, self._headers, self._read_body, response, self._watch)
         if not self.response_complete:  # nothing was said to a client that has left
@@ -222,7 +233,7 @@ class _DirectResponse(Response):
                 self._exchange.keep_alive = False
             else:
                 parts += name, b": ", value, b"\r\n"
-        if not self._exchange.keep_alive:
+        if not (self._exchange.keep_alive and self._exchange.whole):  # what follows of it is for nobody
             parts.append(b"connection: close\r\n")
         self._chunked = length is None
         parts.append(
