@@ -147,10 +147,10 @@ class Cluster:
 
     def sweep(self) -> None:
         now = self._now()
-        stopped, self._swept_at = now - self._swept_at > STOPPED_S, now
-        if stopped:
+        since, self._swept_at = now - self._swept_at, now
+        if since > STOPPED_S:
             # What others said meanwhile has yet to be read: no silence counts that we did not listen to.
-            self._table.leaders.bus_is_back(now)
+            self._table.leaders.not_listened(since, now)
             return
         connected = self._bus.connected
         if not connected:

@@ -48,6 +48,11 @@ class Leaders:
         for model in self._heard_s:
             self._heard_s[model] = now
 
+    def not_listened(self, seconds: float, now: float) -> None:
+        """To anybody, until now: no silence counts in which nobody could be heard; what came before it does."""
+        for model, heard_s in self._heard_s.items():
+            self._heard_s[model] = min(now, heard_s + seconds)
+
     def current(self, model: str, now: float) -> Leader | None:
         if model in self._gone or now - self._heard_s.get(model, -1e9) > self._silence_s:
             return None

@@ -72,6 +72,9 @@ def test_the_highest_epoch_leads_until_it_is_silent_or_gone() -> None:
     assert leaders.current("m", 1.6) == Leader("b", 6)
     leaders.bus_is_back(9.0)
     assert leaders.current("m", 9.5) == Leader("b", 6)
+    leaders.not_listened(5.0, 14.5)  # half a second of silence was heard before
+    assert leaders.current("m", 14.9) == Leader("b", 6)
+    assert leaders.current("m", 15.1) is None
 
 
 # -- one attempt after another -----------------------------------------------------------------------------------------
