@@ -96,7 +96,7 @@ class Arena:
                 await harm.do()
                 record.over_at = time.monotonic() if case.fault is Fault.PAUSE else record.fault_at
                 await harm.healed()
-                await asyncio.sleep(1.0)
+                await asyncio.sleep(max(1.0, 3 * scale.every_s))
             finally:
                 arriving.cancel()
                 await heal(site, self._store)
