@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from panels import Dashboard, Panel, Row, as_json, highest, quantile, quantiles, rate, share, total
+from panels import Dashboard, Panel, Requests, Row, as_json, highest, quantile, quantiles, rate, share, total
 
 FOLDER = Path(__file__).parent / "grafana"
 
@@ -210,6 +210,28 @@ OVERVIEW = Dashboard(
                     ),
                     "ops",
                     about="Of traces. What is made and not delivered is lost.",
+                ),
+            ),
+        ),
+        Row(
+            "Traces",
+            (
+                Requests(
+                    "Slowest requests of the last minute",
+                    '{ resource.service.name = "tandem-frontend" && span.gen_ai.operation.name != nil }',
+                    (
+                        "gen_ai.response.time_to_first_chunk",
+                        "tandem.class",
+                        "tandem.tenant",
+                        "gen_ai.usage.input_tokens",
+                        "gen_ai.usage.cache_read.input_tokens",
+                        "gen_ai.usage.output_tokens",
+                        "tandem.tpot_ms",
+                        "tandem.attempts",
+                        "error.type",
+                    ),
+                    about="Of those that are traced. A click on a trace id opens its waterfall.",
+                    last="1m",
                 ),
             ),
         ),

@@ -9,6 +9,7 @@ from typing import Any
 EMPTY_UNTIL = "Empty until "
 COLUMNS = 24
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
+_TRACES = {"type": "tempo", "uid": "${traces}"}
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,24 @@ class Panel:
 
 
 @dataclass(frozen=True)
+class Requests:
+    """A table of single requests from Tempo, the highest of the first column first; a click opens the trace."""
+
+    title: str
+    #: TraceQL
+    query: str
+    #: Attributes of the spans found.
+    columns: tuple[str, ...]
+    about: str
+    last: str
+    width: int = COLUMNS
+    height: int = 9
+
+
+@dataclass(frozen=True)
 class Row:
     title: str
-    panels: tuple[Panel, ...]
+    panels: tuple[Panel | Requests, ...]
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,10 @@ def as_json(dashboard: Dashboard) -> str:
         for panel in row.panels:
             if x + panel.width > COLUMNS:
                 x, y, height = 0, y + height, 0
-            panels.append(_panel(panel, len(panels) + 1, x, y))
+            number = len(panels) + 1
+            panels.append(
+                _requests(panel, number, x, y) if isinstance(panel, Requests) else _panel(panel, number, x, y)
+            )
             x, height = x + panel.width, max(height, panel.height)
         y += height
     whole = {
@@ -111,14 +130,17 @@ def as_json(dashboard: Dashboard) -> str:
         "timezone": "",
         "annotations": {"list": []},
         "links": [{"title": "Tandem", "type": "dashboards", "tags": ["tandem"], "asDropdown": True, "keepTime": True}],
-        "templating": {"list": [_source_variable(), *(_variable(*v) for v in dashboard.variables)]},
+        "templating": {"list": [*_source_variables(dashboard), *(_variable(*v) for v in dashboard.variables)]},
         "panels": panels,
     }
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 
-def _source_variable() -> dict[str, Any]:
-    return {"name": "datasource", "label": "Data source", "type": "datasource", "query": "prometheus", "hide": 0}
+def _source_variables(dashboard: Dashboard) -> list[dict[str, Any]]:
+    kinds = [("datasource", "Data source", "prometheus")]
+    if any(isinstance(panel, Requests) for row in dashboard.rows for panel in row.panels):
+        kinds.append(("traces", "Traces", "tempo"))
+    return [{"name": n, "label": label, "type": "datasource", "query": kind, "hide": 0} for n, label, kind in kinds]
 
 
 def _variable(name: str, query: str) -> dict[str, Any]:
@@ -161,4 +183,29 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         "targets": targets,
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": stat if panel.stat else series,
+    }
+
+
+def _requests(panel: Requests, number: int, x: int, y: int) -> dict[str, Any]:
+    columns = ", ".join(f"span.{name}" for name in panel.columns)
+    target = {
+        "refId": "A",
+        "datasource": _TRACES,
+        "queryType": "traceql",
+        "query": f"{panel.query} | select({columns})",
+        "tableType": "spans",
+        "limit": 200,
+        "spss": 1,
+    }
+    return {
+        "id": number,
+        "type": "table",
+        "title": panel.title,
+        "description": panel.about,
+        "datasource": _TRACES,
+        "gridPos": {"h": panel.height, "w": panel.width, "x": x, "y": y},
+        "timeFrom": panel.last,
+        "targets": [target],
+        "fieldConfig": {"defaults": {}, "overrides": []},
+        "options": {"showHeader": True, "sortBy": [{"displayName": panel.columns[0], "desc": True}]},
     }

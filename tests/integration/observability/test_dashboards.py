@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tandem.telemetry import spans
 from tests.harness.cluster import Cluster, wait_for
 from tests.integration.observability.load import MODEL, SERVICES, load
 from tests.integration.observability.prometheus import Prometheus
@@ -43,8 +44,9 @@ def prometheus(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> It
         yield made
 
 
-def panels(file: Path) -> list[dict[str, Any]]:
-    return [panel for panel in json.loads(file.read_text())["panels"] if panel["type"] != "row"]
+def panels(file: Path, source: str = "prometheus") -> list[dict[str, Any]]:
+    found = [panel for panel in json.loads(file.read_text())["panels"] if panel["type"] != "row"]
+    return [panel for panel in found if panel["datasource"]["type"] == source]
 
 
 def test_the_files_are_what_their_source_says() -> None:
@@ -55,6 +57,16 @@ def test_few_panels_are_empty_while_all_is_well() -> None:
     assert DASHBOARDS
     empty = [(f.name, p["title"]) for f in DASHBOARDS for p in panels(f) if EMPTY_UNTIL in p["description"]]
     assert len(empty) <= MOST_EMPTY, empty
+
+
+def test_tables_of_traces_ask_for_attributes_that_spans_have() -> None:
+    tables = [panel for file in DASHBOARDS for panel in panels(file, "tempo")]
+    assert tables
+    for table in tables:
+        query = table["targets"][0]["query"]
+        names = re.findall(r"\bspan\.([a-z_.]+)", query)
+        assert names and set(names) <= set(spans.ATTRIBUTES), query
+        assert table["options"]["sortBy"][0]["displayName"] in names
 
 
 @needs_prometheus
