@@ -21,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 COMPOSE_DIR = ROOT / "deploy" / "compose"
+OBSERVABILITY_FILE = COMPOSE_DIR / "compose.observability.yaml"
 START_S = 60.0
 #: Commands that an engine of our own and its images are made with, and the Debian packages that have them.
 NEEDS = {
@@ -96,14 +97,14 @@ def own_engine(folder: Path) -> Iterator[dict[str, str]]:
             engine.wait()
 
 
-def image_names() -> tuple[str, str, str]:
-    """(Python, NATS, Redis): what our files pull."""
+def image_names() -> tuple[str, str, str, str]:
+    """(Python, NATS, Redis, Prometheus): what our files pull."""
     dockerfile = (ROOT / "services" / "router" / "Dockerfile").read_text()
-    compose = (COMPOSE_DIR / "compose.yaml").read_text()
+    compose = (COMPOSE_DIR / "compose.yaml").read_text() + OBSERVABILITY_FILE.read_text()
     found = [re.search(r"^ARG PYTHON_IMAGE=(\S+)$", dockerfile, re.M)]
-    found += [re.search(rf"^\s+image: ({name}:\S+)$", compose, re.M) for name in ("nats", "redis")]
-    python, nats, redis = (match[1] for match in found if match)
-    return python, nats, redis
+    found += [re.search(rf"^\s+image: ({name}:\S+)$", compose, re.M) for name in ("nats", "redis", "prom/prometheus")]
+    python, nats, redis, prometheus = (match[1] for match in found if match)
+    return python, nats, redis, prometheus
 
 
 def compose_plugin(folder: Path) -> dict[str, str]:

@@ -13,7 +13,7 @@ from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 from tandem.adapters.embedded import free_port
 from tests.containers.engine import image_names
 
-_, NATS_IMAGE, REDIS_IMAGE = image_names()
+_, NATS_IMAGE, REDIS_IMAGE, _ = image_names()
 
 
 class Server:

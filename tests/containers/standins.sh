@@ -1,12 +1,13 @@
 #!/bin/bash
 # Base images made of this machine's own files, under the names that the project asks for, where none can be pulled.
 #
-#   standins.sh PYTHON_IMAGE NATS_IMAGE REDIS_IMAGE NATS_SERVER_BINARY
+#   standins.sh PYTHON_IMAGE NATS_IMAGE REDIS_IMAGE PROMETHEUS_IMAGE NATS_SERVER_BINARY
 #
 # They prove our Dockerfiles, wiring, configuration and code; not that the official image has this tag or content.
-# Needs DOCKER_HOST, Debian, busybox-static and redis-tools. No registry, no network.
+# Needs DOCKER_HOST, Debian, busybox-static and redis-tools; makes no Prometheus where Debian's is not installed. No
+# registry, no network.
 set -euo pipefail
-python_image=$1 nats_image=$2 redis_image=$3 nats_server=$4
+python_image=$1 nats_image=$2 redis_image=$3 prometheus_image=$4 nats_server=$5
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -65,7 +66,7 @@ python() {
   tar -C "$work/debian" -cf - . | docker import -c 'ENV LANG=C.UTF-8' -c 'CMD ["python3"]' - "$python_image" > /dev/null
 }
 
-# --- busybox with one server in it, like the alpine images of NATS and Redis
+# --- busybox with one server in it, like the alpine images of NATS and Redis, and like that of Prometheus
 small() {
   local root=$1 applet
   mkdir -p "$root"/{bin,usr/bin,etc,tmp,data,root,proc,sys,dev}
@@ -107,7 +108,18 @@ redis() {
     -c 'CMD ["redis-server"]' - "$redis_image" > /dev/null
 }
 
+prometheus() {
+  local root=$work/prometheus library
+  small "$root"
+  install -m 755 "$(type -P prometheus)" "$root/bin/prometheus"
+  for library in $(ldd "$root/bin/prometheus" | grep -o '/[^ ]*'); do cp -L --parents "$library" "$root/"; done
+  install -d -o 65534 -g 65534 "$root/prometheus" "$root/etc/prometheus"
+  tar -C "$root" -cf - . | docker import -c 'EXPOSE 9090' -c 'USER 65534:65534' -c 'WORKDIR /prometheus' \
+    -c 'ENTRYPOINT ["/bin/prometheus"]' - "$prometheus_image" > /dev/null
+}
+
 debian
 python
 nats
 redis
+if type -P prometheus > /dev/null; then prometheus; fi

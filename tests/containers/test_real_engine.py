@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from openai import OpenAI
 
-from tests.containers.stack import Stack
+from tests.containers.stack import Stack, written_sizes
 from tests.harness.answers import MODEL
 
 pytestmark = pytest.mark.timeout(3000)
@@ -40,6 +40,11 @@ def test_it_knows_the_capital_of_france(stack: Stack) -> None:
         messages=[{"role": "user", "content": "What is the capital of France?"}],
     )
     assert "Paris" in (answer.choices[0].message.content or "")
+
+
+def test_the_image_weighs_what_is_written(stack: Stack) -> None:
+    (container,) = stack.containers("decode")
+    assert stack.size_of_image(container) == pytest.approx(written_sizes()["worker-cpu"], rel=0.25)
 
 
 def test_kv_moves_between_containers(stack: Stack) -> None:

@@ -82,13 +82,15 @@ class CommonSettings(TracingSettings):
     log_level: str = option("INFO", doc="DEBUG, INFO, WARNING or ERROR.")
 
 
-def load(cls: type[T], environ: Mapping[str, str] | None = None) -> T:
-    """``cls`` filled from the environment. ConfigError for a missing, malformed or unknown variable."""
+def load(cls: type[T], environ: Mapping[str, str] | None = None, *, shared: bool = False) -> T:
+    """``cls`` filled from the environment. ConfigError for a missing, malformed or unknown variable.
+
+    ``shared``: of a command that looks at a cluster from a shell or container whose variables are for another process."""
     hints = get_type_hints(cls)
     fields = {variable_of(f): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     env = _with_files(os.environ if environ is None else environ, fields)
     for name in env:
-        if name.startswith(PREFIX) and name not in fields:
+        if name.startswith(PREFIX) and name not in fields and not shared:
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(fields))}"
             raise ConfigError(f"unknown setting {name}{hint}", param=name)

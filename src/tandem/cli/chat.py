@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    given = settings.load(ChatSettings)
+    given = settings.load(ChatSettings, shared=True)
     url = args.url or rundir.find_cluster(args.cluster).http[0]
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url must begin with http:// or https://, not {url!r}", param="url")

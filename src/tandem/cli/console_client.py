@@ -44,7 +44,7 @@ class ConsoleClient:
             raise ConfigError("this cluster runs without its console (`console: {enabled: false}`, --console-port 0)")
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"--console must begin with http:// or https://, not {url!r}", param="console")
-        return cls(url.rstrip("/"), settings.load(ConsoleClientSettings).console_token)
+        return cls(url.rstrip("/"), settings.load(ConsoleClientSettings, shared=True).console_token)
 
     def cluster(self) -> dict[str, Any]:
         return self._get("/api/cluster")

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 def _tokens(args: argparse.Namespace, model: str) -> list[int]:
     """As a frontend would have it. InvalidRequest is the frontend's own."""
     url = args.url or rundir.find_cluster(args.cluster).http[0]
-    key = settings.load(ChatSettings).api_key
+    key = settings.load(ChatSettings, shared=True).api_key
     text = {"prompt": args.prompt} if args.raw else {"messages": [{"role": "user", "content": args.prompt}]}
     with Endpoint(url, key).request("POST", "/tokenize", {"model": model, **text}) as response:
         found: list[int] = json.loads(response.read())["tokens"]

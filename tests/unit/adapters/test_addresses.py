@@ -10,6 +10,7 @@ from tandem.adapters import settings
 from tandem.adapters.addresses import is_wildcard, own_address
 from tandem.adapters.deployment import parse
 from tandem.adapters.settings import CommonSettings
+from tandem.cli.console_client import ConsoleClientSettings
 from tandem.errors import ConfigError
 
 
@@ -25,6 +26,13 @@ def test_a_name_without_an_address_of_ours_is_refused() -> None:
 
 def test_wildcards() -> None:
     assert [is_wildcard(host) for host in ("0.0.0.0", "::", "127.0.0.1", "name")] == [True, True, False, False]
+
+
+def test_a_command_may_run_where_the_variables_are_another_processs() -> None:
+    found = settings.load(
+        ConsoleClientSettings, {"TANDEM_ROUTERS": "a:1", "TANDEM_CONSOLE_TOKEN": "secret"}, shared=True
+    )
+    assert found.console_token == "secret"
 
 
 def test_a_setting_may_come_from_a_file(tmp_path: Path) -> None:
