@@ -85,7 +85,7 @@ class CommonSettings(TracingSettings):
 def load(cls: type[T], environ: Mapping[str, str] | None = None, *, shared: bool = False) -> T:
     """``cls`` filled from the environment. ConfigError for a missing, malformed or unknown variable.
 
-    ``shared``: of a command that looks at a cluster from a shell or container whose variables are for another process."""
+    ``shared``: for a command in a shell or container whose variables are another process's."""
     hints = get_type_hints(cls)
     fields = {variable_of(f): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     env = _with_files(os.environ if environ is None else environ, fields)
