@@ -24,7 +24,7 @@ from services.frontend.direct import DirectConnection
 from services.frontend.embedding import Embedder
 from services.frontend.embeddings_route import EmbeddingsRoute
 from services.frontend.generation import Generations
-from services.frontend.grpc_service import InferenceService
+from services.frontend.grpc_service import InferenceService, add_to_server
 from services.frontend.intake import Intake
 from services.frontend.metrics import FrontendMetrics
 from services.frontend.openai_routes import OpenAIRoutes
@@ -39,7 +39,7 @@ from tandem.adapters.nats_bus import NatsBus
 from tandem.adapters.process_metrics import instruments_of, label_domains, metrics_endpoint, watch_tracing
 from tandem.adapters.traces import open_tracing
 from tandem.errors import ConfigError, Leaving
-from tandem.v1 import inference_pb2, inference_pb2_grpc
+from tandem.v1 import inference_pb2
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Frontend:
             connection_age_s=GRPC_CONNECTION_AGE_S,
         )
         self._service = InferenceService(self._intake, self.generations, self._embedder, self._metrics.told)
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._service, self._grpc.server)
+        add_to_server(self._service, self._grpc.server)
         self._socket: socket.socket | None = None
 
     @property

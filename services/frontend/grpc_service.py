@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import uuid
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from services.frontend.embedding import Embedder
 from services.frontend.generation import Delta, Generation, GenerationRequest, Generations
@@ -22,6 +23,8 @@ from tandem.wire import codec
 
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _LISTS = ("stop", "stop_token_ids")
+#: In the place of a message that could not be read: gRPC itself would log a stack trace, and say UNKNOWN.
+_MALFORMED: Any = object()
 
 
 class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
@@ -104,7 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.ListModelsRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.ListModelsResponse:
         try:
-            self._caller(context)
+            self._caller(request, context)
         except TandemError as error:
             await self._refuse(context, error)
         models = [
@@ -123,7 +126,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> GenerationRequest:
         arrival_s = monotonic()
-        caller = self._caller(context)
+        caller = self._caller(request, context)
         model = self._intake.model(request.model)
         kind = request.WhichOneof("prompt")
         if kind == "text":
@@ -149,7 +152,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.EmbedRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> inference_pb2.EmbedResponse:
         arrival_s = monotonic()
-        caller = self._caller(context)
+        caller = self._caller(request, context)
         model = self._embedder.model(request.model)
         if not request.inputs:
             raise InvalidRequest("inputs: at least one is needed", param="inputs")
@@ -173,7 +176,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.ChatRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> GenerationRequest:
         arrival_s = monotonic()
-        caller = self._caller(context)
+        caller = self._caller(request, context)
         model = self._intake.model(request.model)
         if not request.messages:
             raise InvalidRequest("messages: at least one is needed", param="messages")
@@ -191,7 +194,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             arrival_s=arrival_s,
         )
 
-    def _caller(self, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+    def _caller(self, request: object, context: grpc.aio.ServicerContext[Any, Any]) -> Caller:
+        if request is _MALFORMED:
+            raise InvalidRequest("the bytes of this call are not its method's message")
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         traceparent = metadata.get("traceparent", "")
         return Caller(
@@ -199,6 +204,37 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             traceparent=traceparent if _TRACEPARENT.fullmatch(traceparent) else "",
             timeout_s=context.time_remaining(),
         )
+
+
+def add_to_server(service: InferenceService, server: grpc.aio.Server) -> None:
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, _Readable(server))
+
+
+class _Readable:
+    """What of a server registering needs: each method gets to see also what cannot be read."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self._server = server
+
+    def add_generic_rpc_handlers(self, handlers: object) -> None:
+        """The same methods come by their names, below."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
+        readable = {
+            name: handler._replace(request_deserializer=_or_malformed(handler.request_deserializer))
+            for name, handler in handlers.items()
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, readable),))
+
+
+def _or_malformed(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def deserialize(data: bytes) -> Any:
+        try:
+            return read(data)
+        except DecodeError:
+            return _MALFORMED
+
+    return deserialize
 
 
 async def _batches(generation: Generation) -> AsyncIterator[Sequence[Delta]]:

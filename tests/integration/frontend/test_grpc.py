@@ -202,3 +202,20 @@ async def test_the_readmes_calls_work(site: Site, body: str, method: str) -> Non
             assert (await stub.ListModels(request, timeout=20.0)).models
         else:
             assert "".join([r.text async for r in getattr(stub, method)(request, timeout=20.0)])
+
+
+@pytest.mark.parametrize("method", ["Generate", "Chat", "Embed", "ListModels"])
+async def test_bytes_that_are_no_message_are_the_clients_mistake(
+    site: Site, method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = f"/tandem.v1.InferenceService/{method}"
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{site.frontend.grpc_port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            if method in ("Generate", "Chat"):
+                async for _ in channel.unary_stream(path)(b"\xff\xff\xff", timeout=20):
+                    pass
+            else:
+                await channel.unary_unary(path)(b"\xff\xff\xff", timeout=20)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert error_of(refused.value).code == "invalid_request"
+    assert not caplog.records
