@@ -61,8 +61,8 @@ faults: setup-dev  ## every fault of every process under load; ENGINE=sim|vllm, 
 chaos: setup-dev  ## any mix of faults; SEED=, MINUTES=, ENGINE=sim|vllm
 	@$(PY) -m tests.faults.chaos --engine $(HARMED) --seed $(SEED) --minutes $(or $(MINUTES),10) $(ARGS)
 
-rolling: setup-dev  ## every process restarted in turn, under load; ENGINE=sim|vllm
-	@$(PY) -m tests.faults.rolling --engine $(HARMED) $(ARGS)
+rolling: setup-dev  ## every process restarted in turn, under load; ENGINE=sim|vllm, ONLY="frontend"
+	@$(PY) -m tests.faults.rolling --engine $(HARMED) --only "$(ONLY)" $(ARGS)
 
 cancel: setup-dev  ## what cancelled requests leave behind, and what they cost the next; ENGINE=sim|vllm
 	@$(PY) -m tests.faults.cancel --engine $(HARMED) $(ARGS)

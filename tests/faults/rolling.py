@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import signal
 import sys
 import tempfile
@@ -105,8 +106,8 @@ async def restart(site: Site, name: str) -> Restart:
     return Restart(name, left_s, time.monotonic() - began, clean)
 
 
-async def rolling(engine: str, folder: Path, chosen: Sequence[str] = ()) -> Outcome:
-    """``chosen``: names of processes; all when empty."""
+async def rolling(engine: str, folder: Path, only: str = "") -> Outcome:
+    """``only``: a regular expression that finds the names of those that are restarted."""
     scale = SCALES[engine]
     wanted = deployment(engine=engine, routers=2, frontends=2)
     wanted["models"][0]["pools"][0]["replicas"] = 2 if engine == "sim" else 1
@@ -121,7 +122,7 @@ async def rolling(engine: str, folder: Path, chosen: Sequence[str] = ()) -> Outc
             arriving = asyncio.create_task(load.arrive(scale.every_s, scale.tokens, isl=scale.isl))
             await asyncio.sleep(2.0)
             restarts = []
-            for name in chosen or [process["name"] for process in site.state()["processes"]]:
+            for name in [p["name"] for p in site.state()["processes"] if re.search(only, p["name"])]:
                 restarts.append(await restart(site, name))
                 print(
                     f"{name}: left after {restarts[-1].left_s:.1f} s, back after {restarts[-1].back_s:.1f} s",
@@ -147,9 +148,10 @@ async def rolling(engine: str, folder: Path, chosen: Sequence[str] = ()) -> Outc
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("sim", "vllm"), default="sim")
+    parser.add_argument("--only", default="", help="processes whose name this regular expression finds")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tandem-rolling-") as folder:
-        outcome = asyncio.run(rolling(args.engine, Path(folder)))
+        outcome = asyncio.run(rolling(args.engine, Path(folder), args.only))
     print(outcome.text())
     return 0 if outcome.good else 1
 
