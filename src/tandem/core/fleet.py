@@ -31,6 +31,7 @@ class Fleet:
         self.ordered: list[WorkerView] = []
         self.decoders: list[WorkerView] = []  # usable ones
         self.prefillers: list[WorkerView] = []  # usable ones that compute prompts for others
+        self.reluctant: list[WorkerView] = []  # usable prefill workers that decode, too, beside those whose role it is
         self.set_aside: tuple[tuple[str, str], ...] = ()  # (worker id, why it is not usable)
         self.longest_tokens = 0  # prompt and output that the largest decode worker holds, usable or not; 0 = none
         self.generation = 0  # rises when the set of usable workers, or a role, changes
@@ -101,6 +102,7 @@ class Fleet:
         usable = [view for view in self.ordered if view.usable]
         self.decoders = [view for view in usable if view.role is Role.DECODE]
         lending = self._policy.flexible
+        self.reluctant = [v for v in usable if v.role is Role.PREFILL] if lending and self.decoders else []
         self.prefillers = [v for v in usable if v.role is Role.PREFILL or (lending and v.kv_format is not None)]
         self.set_aside = tuple((v.id, "draining" if v.draining else "silent") for v in self.ordered if not v.usable)
         self.longest_tokens = max((v.capacity_tokens for v in self.ordered if v.role is Role.DECODE), default=0)

@@ -1,12 +1,15 @@
 """Where a request runs: the plan of least predicted harm, in milliseconds.
 
 For each decode worker d two kinds of plan: ``local(d)``, d computes the prompt itself, and ``remote(p, d)``, another
-worker p computes it and d pulls what it lacks; p may be a prefill worker or one that decodes, too. A plan is scored by
+worker p computes it and d pulls what it lacks; p may be a prefill worker or one that decodes, too, and d a prefill
+worker: roles are preferences, and decoding against one's role costs ``reluctance``. A plan is scored by
 what it does to the request (``r1``, its time to the first token over the target), to everyone who decodes beside it, on
 d and on p (``r2``, their inter-token latency over the target, the *TPOT guard*), and by the worker time that it adds
 (``effort``, over the TTFT target):
 
-    score = r1^2 + r2^2 + 200*max(0, r1-0.8) + 200*max(0, r2-0.85) + 50*max(0, kv-0.95) + 0.03*r1 + effort   lowest wins
+    score = r1^2 + r2^2 + 200*max(0, r1-0.8) + 200*max(0, r2-0.85) + 50*max(0, kv-0.95) + 0.03*r1 + effort + reluctance
+
+The lowest wins.
 
 Effort makes roles emerge where workers have none: a stream beside others costs its share of their steps, the first one
 on a worker whole steps. So streams gather on as few workers as the guard allows, and the rest is free to prefill; a
@@ -296,12 +299,14 @@ def decide(
     rng: random.Random | None = None,
     set_aside: tuple[tuple[str, str], ...] = (),
     standings: Standings | None = None,
+    reluctant: Sequence[WorkerView] = (),
 ) -> Decision:
     """Scores every plan for ``inquiry`` over usable workers, each list in the order of ids.
 
     ``rng`` breaks ties between equally good first candidates (idle twins); without it the first id wins.
     ``set_aside``: workers that are not usable and why, for the explanation. With ``standings`` of the same workers a
     large fleet is not gone through: who comes into question is found from them, and is the same in all but ties.
+    ``reluctant``: prefill workers that decode at a price; looked at if no plan is better than that alone.
     """
     request, count = inquiry.request, policy.exact_candidates
     excluded = list(set_aside)
@@ -314,7 +319,7 @@ def decide(
         )
     else:
         able_d = _able(decoders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, excluded)
-    if able_d and prefillers and policy.remote_prefill and may_be_remote(request):
+    if (able_d or reluctant) and prefillers and policy.remote_prefill and may_be_remote(request):
         if standings is not None and len(prefillers) > _LARGE * count:
             for standing in (standings.prefillers, standings.lenders):
                 found_p, more = _first_able(standing, inquiry, request.isl_tokens, share, {}, 2 * count, excluded)
@@ -330,9 +335,17 @@ def decide(
     sources: dict[str, _Source] = {}
     lenders = _lenders(able_p, inquiry, policy, now, tau, sources)
     candidates: list[Candidate] = []
-    for view in able_d:
-        here = sources.get(view.id) or _source(view, view.reading(now), inquiry, policy.inflation)
-        _plans_on(_seat(view, inquiry, policy, now, tau), here, lenders, inquiry, policy, candidates)
+
+    def score_on(views: Sequence[WorkerView]) -> None:
+        for view in views:
+            here = sources.get(view.id) or _source(view, view.reading(now), inquiry, policy.inflation)
+            _plans_on(_seat(view, inquiry, policy, now, tau), here, lenders, inquiry, policy, candidates)
+
+    score_on(able_d)
+    if reluctant and min(map(_score_of, candidates), default=math.inf) > _least_reluctant(lenders, inquiry, policy):
+        able_r, more = _seats_among(reluctant, inquiry, share, count, standings, excluded)
+        partial = partial or more
+        score_on(able_r)
     found = len(candidates)
     if inquiry.guard_share < 1.0:
         candidates = [candidate for candidate in candidates if candidate.itl_of_target <= inquiry.guard_share]
@@ -341,6 +354,29 @@ def decide(
         _break_tie(candidates, rng)
     # A worker that may take either part is looked at twice.
     return Decision(tuple(candidates), tuple(dict.fromkeys(excluded)), found > len(candidates), partial)
+
+
+def _least_reluctant(lenders: Sequence[_Lender], inquiry: Inquiry, policy: Policy) -> float:
+    """No plan with a reluctant worker scores less: mostly they need not be looked at."""
+    soonest_s = lenders[0][0].total_s if lenders else 0.0
+    return policy.reluctance + _score((inquiry.waited_s + soonest_s) / inquiry.targets.ttft_s, 0.0, 0.0, 0.0, policy)
+
+
+def _seats_among(
+    views: Sequence[WorkerView],
+    inquiry: Inquiry,
+    share: float,
+    count: int,
+    standings: Standings | None,
+    excluded: list[tuple[str, str]],
+) -> tuple[list[WorkerView], bool]:
+    """Prefill workers that could decode, at most about ``count``; and whether others were left out."""
+    tokens = inquiry.reserve_tokens
+    if standings is not None and len(views) > _LARGE * count:
+        able, partial = _first_able(standings.prefillers, inquiry, tokens, share, {}, count, excluded)
+    else:
+        able, partial = _able(views, inquiry, tokens, share, {}, excluded), False
+    return (_promising_decoders(able, inquiry, count) if len(able) > count else able), partial
 
 
 def _total_s(lender: _Lender) -> float:
@@ -460,6 +496,8 @@ class _Seat(NamedTuple):
     tau: float
     rho: float
     kv: float
+    streams: int  # that it has
+    price: float  # of decoding there at all
 
 
 def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float, tau: float) -> _Seat:
@@ -474,7 +512,7 @@ def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float, tau: f
     inflation = policy.inflation
     return _Seat(
         view, inflation * step_s, inflation * osl * longer_s, tau, view.prefill_share_s(now, tau),
-        blocks / view.spec.kv_blocks_total,
+        blocks / view.spec.kv_blocks_total, batch, policy.reluctance if view.role is Role.PREFILL else 0.0,
     )  # fmt: skip
 
 
@@ -492,7 +530,8 @@ def _plans_on(
     if policy.local_prefill or not any(
         source.view is not decode and can_transfer(source.view, decode) for source, _ in lenders
     ):
-        share = (seat.rho + here.extra_s) / seat.tau
+        # Its own prompt delays nobody where it is alone: its tokens come after it.
+        share = (seat.rho + here.extra_s if seat.streams else seat.rho) / seat.tau
         itl_s = seat.step_s / (1.0 - (share if share < _MAX_DISTURBANCE else _MAX_DISTURBANCE))
         found.append(_candidate(seat, here, None, inquiry.waited_s + here.total_s, 0.0, itl_s, 0.0, inquiry, policy))
     if lenders and decode.kv_format is not None:
@@ -546,7 +585,7 @@ def _candidate(
 ) -> Candidate:
     targets, waited_s = inquiry.targets, inquiry.waited_s
     r1, r2, effort_s = ttft_s / targets.ttft_s, itl_s / targets.tpot_s, source.extra_s + seat.longer_s
-    score = _score(r1, r2, seat.kv, policy.effort * effort_s / targets.ttft_s, policy)
+    score = seat.price + _score(r1, r2, seat.kv, policy.effort * effort_s / targets.ttft_s, policy)
     row = (
         1e3 * ttft_s, 1e3 * waited_s, 1e3 * source.total_s, 1e3 * transfer_s, 1e3 * itl_s, seat.kv, r1, r2,
         1e3 * effort_s,

@@ -377,8 +377,9 @@ class Scheduler:
     def _decide(self, inquiry: Inquiry, now: float, rng: random.Random | None) -> Decision:
         fleet = self._fleet
         return decide(
-            inquiry, fleet.decoders, fleet.prefillers, self.policy, now, rng, fleet.set_aside, fleet.standings
-        )
+            inquiry, fleet.decoders, fleet.prefillers, self.policy, now, rng, fleet.set_aside, fleet.standings,
+            fleet.reluctant,
+        )  # fmt: skip
 
     def _inquiry(self, entry: Entry, now: float) -> Inquiry:
         request, request_class = entry.request, entry.request_class
@@ -456,7 +457,7 @@ class Scheduler:
     def _blocked(self, entry: Entry, inquiry: Inquiry, decision: Decision, now: float) -> None:
         """No plan passes the hard filters: parked if none ever could, else a decode worker is reserved in time."""
         fleet = self._fleet
-        if not fits_somewhere(entry.request, fleet.decoders, inquiry.avoid):
+        if not fits_somewhere(entry.request, (*fleet.decoders, *fleet.reluctant), inquiry.avoid):
             if entry.homeless_since is None:
                 entry.homeless_since = now
             entry.waits_for = Wait.WORKER

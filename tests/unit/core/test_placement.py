@@ -282,6 +282,40 @@ def test_a_worker_without_streams_lends_itself_to_one_that_has_some() -> None:
     assert (short.decode.id, short.prefill) == ("d0", None), "a short prompt costs least in steps that are made anyway"
 
 
+def test_a_prefill_worker_decodes_once_the_decode_workers_are_near_their_guard() -> None:
+    p, asked = view("p0", Role.PREFILL), inquiry(2000)
+    roomy, crowded = busy(view("d0"), streams=20), busy(view("d0"), streams=230, kv_each=4000)
+    for decoder, expected in ((roomy, "d0"), (crowded, "p0")):
+        found = decide(asked, [decoder], [p, decoder], POLICY, 0.0, reluctant=[p]).best
+        assert found is not None and found.decode.id == expected
+
+
+loads = st.lists(st.tuples(st.integers(0, 220), st.integers(0, 20_000)), min_size=1, max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(loads, loads, st.integers(1, 90_000), st.floats(0.0, 2.0))
+def test_looking_at_reluctant_workers_only_when_they_may_win_loses_no_plan(
+    prefills: list[tuple[int, int]], decodes: list[tuple[int, int]], isl: int, waited_s: float
+) -> None:
+    p = [
+        busy(view(f"p{i}", Role.PREFILL), streams=streams, prefill=tokens)
+        for i, (streams, tokens) in enumerate(prefills)
+    ]
+    d = [busy(view(f"d{i}"), streams=streams, prefill=tokens) for i, (streams, tokens) in enumerate(decodes)]
+    asked = replace(inquiry(isl), waited_s=waited_s)
+    all_of_them = decide(asked, d + p, d + p, POLICY, 0.0).best
+    found = decide(asked, d, d + p, POLICY, 0.0, reluctant=p).best
+    assert (found and found.score) == (all_of_them and all_of_them.score)
+
+
+def test_a_prompt_alone_on_a_worker_delays_no_streams_however_long() -> None:
+    found = best(inquiry(20_000, expected_osl=20.0), [view("d0")])
+    assert found.prefill is None and found.itl_of_target < 0.5
+    beside_one = best(inquiry(20_000, expected_osl=20.0), [busy(view("d0"), streams=1)])
+    assert beside_one.itl_of_target > 1.0
+
+
 def test_what_a_prompt_does_to_the_streams_of_its_prefill_worker_counts() -> None:
     crowded, target = busy(view("d1"), streams=60), busy(view("d0"), streams=5)
     plans = decided(inquiry(16000), [target], [crowded, view("p0", Role.PREFILL)]).candidates

@@ -283,6 +283,18 @@ def test_a_role_change_takes_effect_at_the_next_placement() -> None:
     assert fleet.placed[RequestKey("r")][1].plan.decode_worker == "d1"
 
 
+def test_prefill_workers_decode_beside_decode_workers_and_only_if_the_policy_is_flexible() -> None:
+    for flexible in (True, False):
+        fleet = VirtualFleet(
+            disaggregated(1, 1, kv_blocks_total=2000), report_every_s=0, policy=Policy(flexible=flexible)
+        )
+        for i in range(60):
+            fleet.submit(request(f"r{i}", isl=900, osl=2000))
+        fleet.run(until=8.0)
+        decoding = {place.plan.decode_worker for _, place in fleet.placed.values()}
+        assert decoding == ({"p0", "d0"} if flexible else {"d0"})
+
+
 def test_avoided_workers_are_used_when_no_other_is_left() -> None:
     fleet = VirtualFleet(disaggregated(0, 2), report_every_s=0)
     for i in range(4):
@@ -345,7 +357,7 @@ def test_explain_places_nothing_and_shows_every_term() -> None:
     assert fleet.scheduler.snapshot(0.0) == before
     assert explanation.chosen is not None
     scored = [c for c in explanation.candidates if not c.excluded]
-    assert {c.plan.prefill_worker for c in scored} == {None, "p0"}
+    assert {c.plan.prefill_worker for c in scored} >= {None, "p0"}
     assert all(c.terms["ttft_ms"] > 0 and c.terms["itl_ms"] > 0 for c in scored)
     assert [(c.plan.decode_worker, c.excluded) for c in explanation.candidates if c.excluded] == [("d1", "silent")]
     assert explanation.chosen == min(scored, key=lambda c: c.score).plan
