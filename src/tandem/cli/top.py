@@ -64,9 +64,9 @@ def as_text(cluster: dict[str, Any]) -> list[str]:
     lines = [
         f"cluster {cluster['cluster']}: {cluster['in_flight']} in flight on workers, {waiting} waiting"
         + ("" if cluster["bus"] else "   THE BUS IS AWAY"),
-        f"last minute: TTFT p50 {seconds(recent.get('ttft_p50_s'))}, p99 {seconds(recent.get('ttft_p99_s'))}; between "
-        f"tokens p50 {seconds(recent.get('itl_p50_s'))}, p99 {seconds(recent.get('itl_p99_s'))}; "
-        f"{_rate(recent.get('requests_per_s'))} requests/s, {_rate(recent.get('output_tokens_per_s'))} tokens/s, "
+        f"last minute: {_rate(recent.get('requests_per_s'))} requests/s, {_rate(recent.get('output_tokens_per_s'))} "
+        f"tokens/s; TTFT p50 {seconds(recent.get('ttft_p50_s'))}, p99 {seconds(recent.get('ttft_p99_s'))}",
+        f"             between tokens p50 {seconds(recent.get('itl_p50_s'))}, p99 {seconds(recent.get('itl_p99_s'))}; "
         f"goodput {_rate(recent.get('goodput_per_s'))}/s, prefix hits {_percent(recent.get('hit_rate'))}",
     ]
     for model in cluster["models"]:
