@@ -179,8 +179,11 @@ class PostedRoutes:
 async def _stream(generation: Generation, answer: AnswerForm, response: Response) -> None:
     quiet = not await generation.wait_opened()
     await response.open(_SSE, answer.head() + (KEEP_ALIVE if quiet else b""))
+    offer = response.offer
     try:
         while not generation.over:
+            if offer is not None:
+                generation.relay(lambda deltas: offer(answer.events(deltas)))
             deltas = await generation.next_batch()
             body = answer.events(deltas) if deltas else KEEP_ALIVE
             if generation.over and generation.error is None:
@@ -273,6 +276,11 @@ class Response:
     async def close(self, body: bytes) -> None:
         """The last of it."""
         raise NotImplementedError
+
+    @property
+    def offer(self) -> Callable[[bytes], bool] | None:
+        """``write`` for those who cannot wait; False once the client's connection is full."""
+        return None
 
     async def open(self, headers: list[Header], body: bytes) -> None:
         self._opened = True

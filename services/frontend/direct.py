@@ -248,6 +248,19 @@ class _DirectResponse(Response):
         if self._connection.flow.write_paused:
             await self._connection.flow.drain()
 
+    @property
+    def offer(self) -> Callable[[bytes], bool]:
+        return self._offer
+
+    def _offer(self, body: bytes) -> bool:
+        if body and not self._exchange.disconnected:
+            chunk = b"%x\r\n%b\r\n" % (len(body), body)
+            if self._out:  # it leaves with what was said before it
+                self._out.append(chunk)
+            else:
+                self._connection.transport.write(chunk)
+        return not self._connection.flow.write_paused
+
     async def close(self, body: bytes) -> None:
         exchange = self._exchange
         if exchange.response_complete:

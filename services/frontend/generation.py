@@ -1,8 +1,9 @@
 """One generation as a client sees it: text deltas of its choices, whatever protocol asked for them.
 
 The cluster pushes tokens in from its callbacks; the client's task takes everything that is queued in one go
-(``next_batch``), which is what makes one socket write of many tokens. No task and no timer per request: the sweep
-calls ``on_sweep``.
+(``next_batch``), which is what makes one socket write of many tokens. Who can write without waiting is given them
+without its task, at the end of the event loop's turn (``relay``): a stream then costs a call and a write per turn. No
+task and no timer per request: the sweep calls ``on_sweep``.
 """
 
 from __future__ import annotations
@@ -104,7 +105,13 @@ class Delta(msgspec.Struct):  # a quarter of a dataclass's time to make
 class Generation:
     """Made by ``Generations.begin``. Read it with ``next_batch`` (streaming) or ``collect`` (not)."""
 
-    def __init__(self, request: GenerationRequest, cluster: Cluster, on_end: Callable[[Generation], None]) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        cluster: Cluster,
+        on_end: Callable[[Generation], None],
+        relay_soon: Callable[[Generation], None],
+    ) -> None:
         self.request = request
         self.usage = Usage(prompt_tokens=sum(map(len, request.prompts)))
         #: Set as soon as the whole of it has failed.
@@ -122,6 +129,10 @@ class Generation:
         self._queue: list[Delta] = []
         self._queued_tokens = 0
         self._waiter: asyncio.Future[None] | None = None
+        self._relay: Callable[[list[Delta]], bool] | None = None
+        self._relay_soon = relay_soon
+        self._relay_due = False
+        self._broken: Exception | None = None
         self._choices: list[_Choice] = []
         self._running = len(request.prompts) * request.n
         self._idle = False
@@ -190,11 +201,34 @@ class Generation:
 
         Not to be called when ``over``.
         """
-        while not self._queue and not self._idle:
+        while not self._queue and not self._idle and self._broken is None:
             if self.error is not None:
                 raise self.error
             await self._news()
         self._idle = False
+        if self._broken is not None:
+            raise self._broken
+        return self._take()
+
+    def relay(self, take: Callable[[list[Delta]], bool]) -> None:
+        """``take`` is given what is pushed from now on, until it says False: the client takes no more at the moment.
+        What comes then, the end, and what ``take`` raises are for ``next_batch``."""
+        self._relay = take
+
+    def relay_now(self) -> None:
+        self._relay_due = False
+        relay = self._relay
+        if relay is None or self.done or not self._queue:
+            return
+        try:
+            if relay(self._take()):
+                return
+        except Exception as error:
+            self._broken = error
+        self._relay = None
+        self._wake()
+
+    def _take(self) -> list[Delta]:
         batch, self._queue = self._queue, []
         self._queued_tokens = 0
         return batch
@@ -238,8 +272,11 @@ class Generation:
         if self._queued_tokens > MAX_QUEUED_TOKENS:
             self._queue.clear()
             self.fail(errors.Cancelled("the client reads too slowly"))
-        else:
+        elif self._relay is None:
             self._wake()
+        elif not self._relay_due:
+            self._relay_due = True
+            self._relay_soon(self)
 
     def forget(self, choice: int) -> None:
         """The choice starts again from scratch. Only where nothing was read yet."""
@@ -291,6 +328,7 @@ class Generations:
         self._idle_s = idle_s
         self._traces = traces
         self._running: set[Generation] = set()
+        self._to_relay: list[Generation] = []
         self._refusal: errors.TandemError | None = None
         #: Called with each, once, when it is over.
         self.on_end: Callable[[Generation], None] = lambda generation: None
@@ -303,7 +341,7 @@ class Generations:
         """Raises what was given to ``refuse``."""
         if self._refusal is not None:
             raise self._refusal
-        generation = Generation(request, self._cluster, self._ended)
+        generation = Generation(request, self._cluster, self._ended, self._relay_soon)
         if self._traces is not None:
             generation.trace = self._traces.begin(request.traceparent)
             generation.received_s = received_s
@@ -324,6 +362,17 @@ class Generations:
             self.on_end(generation)
             if self._traces is not None:
                 self._traces.ended(generation)
+
+    def _relay_soon(self, generation: Generation) -> None:
+        """One call for all that this turn brings."""
+        if not self._to_relay:
+            asyncio.get_running_loop().call_soon(self._relay_all)
+        self._to_relay.append(generation)
+
+    def _relay_all(self) -> None:
+        generations, self._to_relay = self._to_relay, []
+        for generation in generations:
+            generation.relay_now()
 
     def _on_sweep(self, now: float) -> None:
         for generation in list(self._running):

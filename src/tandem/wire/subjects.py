@@ -5,18 +5,22 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
-_SAFE = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-")
-_ENCODED = [chr(byte) if chr(byte) in _SAFE else f"_{byte:02x}" for byte in range(256)]
+_UNSAFE = re.compile(rb"[^a-zA-Z0-9-]")
+
+
+def _encode(token: str) -> str:
+    if not token:
+        return "_"
+    return _UNSAFE.sub(lambda found: b"_%02x" % found[0][0], token.encode()).decode()
 
 
 @lru_cache(maxsize=4096)  # names of models and processes come again with every message
 def encode(token: str) -> str:
     """One subject token: letters, digits and ``-`` stay, every other UTF-8 byte becomes ``_xx``. Injective."""
-    if not token:
-        return "_"
-    return "".join([_ENCODED[byte] for byte in token.encode()])
+    return _encode(token)
 
 
 def decode(token: str) -> str:
@@ -67,7 +71,7 @@ def bounces(cluster: str, sender: str) -> str:
 
 def bounce(cluster: str, sender: str, about: str) -> str:
     """Reply subject of a message: the server's 503 (no responders) comes back here. ``about`` = whom it was for."""
-    return f"tandem.{encode(cluster)}.bounces.{encode(sender)}.{encode(about)}"
+    return f"tandem.{encode(cluster)}.bounces.{encode(sender)}.{_encode(about)}"
 
 
 def aborts(cluster: str, model: str) -> str:
