@@ -96,14 +96,23 @@ async def restart(site: Site, name: str) -> Restart:
     before = len(site.log())
     began = time.monotonic()
     pid = site.signal(name, signal.SIGTERM)
-    while psutil.pid_exists(pid) and time.monotonic() - began < BACK_S:  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
-    left_s = time.monotonic() - began
-    await asyncio.to_thread(site.wait_restarted, name, pid, BACK_S)
+    left_s, back_s = await asyncio.gather(_left(pid, began), _back(site, name, pid, began))
     # A server ends as it likes: nats-server with status 1.
     server = name in ("nats-server", "redis")
     clean = server or f"{name}: ended with status 0" in site.log()[before:]
-    return Restart(name, left_s, time.monotonic() - began, clean)
+    return Restart(name, left_s, back_s, clean)
+
+
+async def _left(pid: int, began: float) -> float:
+    while psutil.pid_exists(pid) and time.monotonic() - began < BACK_S:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    return time.monotonic() - began
+
+
+async def _back(site: Site, name: str, pid: int, began: float) -> float:
+    """A frontend's successor may be there before it has left."""
+    await asyncio.to_thread(site.wait_restarted, name, pid, BACK_S)
+    return time.monotonic() - began
 
 
 async def rolling(engine: str, folder: Path, only: str = "") -> Outcome:
