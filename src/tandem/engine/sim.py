@@ -299,9 +299,8 @@ class SimEngine:
                 await self._wait_for_work(now)
                 continue
             end = begin + result.duration_s
-            if result.duration_s or self._now() - breathed > _BREATH_S:
+            if result.duration_s:
                 await asyncio.sleep(max(0.0, end - self._now()))
-                breathed = self._now()
             self._steps += 1
             self._last_step_at = self._now()
             if result.timing is not None:
@@ -309,6 +308,9 @@ class SimEngine:
             self._publish(result.events)
             for output in result.outputs:
                 self._deliver(output)
+            if not result.duration_s and self._now() - breathed > _BREATH_S:
+                await asyncio.sleep(0)  # after the delivery: a first token does not wait for the rest
+                breathed = self._now()
 
     async def _wait_for_work(self, now: float) -> None:
         expiry = self._model.next_expiry()
