@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from tests.harness.site import Site, deployment
 RETRIES = 4
 #: The supervisor waits longer and longer for what leaves again and again; nothing here leaves twice.
 BACK_S = 90.0
+#: From a process's end to the line that says so.
+SAID_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,21 @@ async def restart(site: Site, name: str) -> Restart:
     began = time.monotonic()
     pid = site.signal(name, signal.SIGTERM)
     left_s, back_s = await asyncio.gather(_left(pid, began), _back(site, name, pid, began))
-    # A server ends as it likes: nats-server with status 1.
-    server = name in ("nats-server", "redis")
-    clean = server or f"{name}: ended with status 0" in site.log()[before:]
-    return Restart(name, left_s, back_s, clean)
+    if name not in ("nats-server", "redis"):  # servers end as they like: nats-server with status 1
+        await _until(lambda: f"{name}: ended with " in site.log()[before:], SAID_S)
+        return Restart(name, left_s, back_s, f"{name}: ended with status 0" in site.log()[before:])
+    return Restart(name, left_s, back_s, True)
+
+
+async def _until(condition: Callable[[], bool], within_s: float) -> None:
+    """Or for so long."""
+    began = time.monotonic()
+    while not condition() and time.monotonic() - began < within_s:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
 
 
 async def _left(pid: int, began: float) -> float:
-    while psutil.pid_exists(pid) and time.monotonic() - began < BACK_S:  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
+    await _until(lambda: not psutil.pid_exists(pid), BACK_S)
     return time.monotonic() - began
 
 
