@@ -94,6 +94,8 @@ def _of_the_cluster(record: Record) -> list[str]:
             found.append(f"{len(lost)} plain streams did not go on by migration")
         if not record.on_victim:
             found.append("no stream was on the worker")
+    if case == Case(Target.FRONTEND, Fault.RESTART) and (cut := [s for s in record.running if not s.complete]):
+        found.append(f"{len(cut)} streams were cut off by a frontend that was told to leave")
     if record.not_settled:
         found.append(record.not_settled)
     return found
