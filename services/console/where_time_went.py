@@ -46,7 +46,9 @@ def in_words(spans: Iterable[Span]) -> list[str]:
     before_ms = 1e3 * ttft_s if ttft_s is not None else root.duration_s * 1e3
     parts = [*_lost(root, lost), *([] if lost else _tokenised(ordered))]
     parts += _phases(attempt, [s for s in ordered if s.name == names.LLM_REQUEST.name], ended=first is None)
-    parts.append(Part(before_ms - sum(part.ms for part in parts), "between spans, on the way or in a busy process,"))
+    complete = any(span.name == names.PREFILL.name for span in attempt)
+    rest = "between spans, on the way or in a busy process," if complete else "on the way, or in a worker now gone,"
+    parts.append(Part(before_ms - sum(part.ms for part in parts), rest))
     told = sorted((p for p in parts if p.ms >= _LEAST_SHARE * before_ms), key=lambda part: -part.ms)[:_MOST_PARTS]
     route = next((span for span in attempt if span.name == names.ROUTE.name), None)
     sentences = [_to_first(before_ms, route) if ttft_s is not None else f"No token in {milliseconds(before_ms)}."]
