@@ -31,7 +31,7 @@ from services.frontend.openai_routes import OpenAIRoutes
 from services.frontend.tokenize_routes import TokenizeRoutes
 from services.frontend.tracing import RequestTraces
 from services.frontend.web_app import web_app
-from tandem.adapters import clock, deployment, notify
+from tandem.adapters import clock, deployment, memory, notify
 from tandem.adapters.bus import Bus
 from tandem.adapters.deployment import Deployment
 from tandem.adapters.grpc_server import GrpcServer
@@ -173,6 +173,7 @@ class Frontend:
         self._socket = _listen(host, port, shared=self._settings.http_shared)
         await self.cluster.open()
         await self._grpc.start(inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name)
+        memory.give_back()  # tokenizers were read
         log.info("%s: http://%s:%d, gRPC on port %d", self.instance, host, self.http_port, self.grpc_port)
 
     async def run(self) -> None:
