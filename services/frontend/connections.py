@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from functools import partial
 from typing import Any
 
@@ -149,7 +150,7 @@ class Connection(HttpToolsProtocol):
     def _linger(self) -> None:
         self._linger_bytes = LINGER_BYTES
         self._unset_keepalive_if_required()
-        if self.transport.can_write_eof():
+        with contextlib.suppress(OSError):  # it has left already
             self.transport.write_eof()
         self._headers = _Deadline(self, LINGER_S)
         self._headers.start()
