@@ -70,7 +70,7 @@ class Policy:
     # late binding
     credit_s: float = _knob(0.1, "a worker gets work while its predicted pending prefill is below this, seconds")
     kv_share: float = _knob(0.9, "share of a worker's KV blocks that may be reserved")
-    tpot_limit: float = _knob(1.1, "predicted TPOT, as a share of its SLO, above which nothing with an SLO is started")
+    tpot_limit: float = _knob(1.13, "predicted TPOT, as a share of its SLO, above which nothing with an SLO is started")
     hold_s: float = _knob(0.5, "how long a request waits for a better but busy worker while another one idles, seconds")
     scan_depth: int = _knob(8, "requests that one poll passes over at most")
     scan_per_tenant: int = _knob(3, "requests of one tenant and class that one poll passes over at most")
