@@ -41,6 +41,10 @@ SLOS = {
 }
 
 
+#: What TW attainment asks for: of all requests and of their tokens, and of each quartile by prompt length.
+LEAST_SHARE, LEAST_OF_QUARTILE = 0.9, 0.8
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """One offered request and what became of it."""
@@ -58,6 +62,10 @@ class Job:
     cached_tokens: int = 0  # of the prompt, on the worker that computed it
     refused: str = ""  # error code
     preemptions: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.offered.isl_tokens + self.offered.osl_tokens
 
     @property
     def ttft_s(self) -> float | None:
@@ -168,21 +176,24 @@ class Attainment:
 
     @property
     def tw(self) -> bool:
-        return self.requests >= 0.9 and self.tokens >= 0.9 and min(self.quartiles) >= 0.8
+        return min(self.requests, self.tokens) >= LEAST_SHARE and min(self.quartiles) >= LEAST_OF_QUARTILE
+
+
+def quartiles(jobs: Sequence[Job]) -> list[list[Job]]:
+    """By prompt length, the shortest first."""
+    by_length = sorted(jobs, key=lambda job: (job.offered.isl_tokens, job.index))
+    bounds = [len(jobs) * i // 4 for i in range(5)]
+    return [by_length[a:b] for a, b in pairwise(bounds)]
 
 
 def attainment(jobs: Sequence[Job], slo: Slo) -> Attainment:
     if not jobs:
         return Attainment(0.0, 0.0, (0.0,) * 4)
     good = {job.index for job in jobs if job.attained(slo)}
-    tokens = sum(job.offered.isl_tokens + job.offered.osl_tokens for job in jobs)
-    good_tokens = sum(job.offered.isl_tokens + job.offered.osl_tokens for job in jobs if job.index in good)
-    by_length = sorted(jobs, key=lambda job: (job.offered.isl_tokens, job.index))
-    bounds = [len(jobs) * i // 4 for i in range(5)]
-    quartiles = tuple(
-        sum(job.index in good for job in by_length[a:b]) / (b - a) if b > a else 1.0 for a, b in pairwise(bounds)
-    )
-    return Attainment(len(good) / len(jobs), good_tokens / tokens, quartiles)
+    tokens = sum(job.tokens for job in jobs)
+    good_tokens = sum(job.tokens for job in jobs if job.index in good)
+    shares = tuple(sum(job.index in good for job in group) / len(group) if group else 1.0 for group in quartiles(jobs))
+    return Attainment(len(good) / len(jobs), good_tokens / tokens, shares)
 
 
 _SHARES = (0.5, 0.9, 0.95, 0.99)

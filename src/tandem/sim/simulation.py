@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 
 from tandem.core.types import Leg
 from tandem.enginemodel.sequence import Output, StepResult
-from tandem.errors import InternalError
+from tandem.errors import ConfigError, InternalError
 from tandem.sim.fleet import Fleet
 from tandem.sim.index import LateIndex
-from tandem.sim.metrics import Job
+from tandem.sim.metrics import Job, Slo
 from tandem.sim.routing import Decided, Lookup, Placement, Refusal, Router, Withdrawal
+from tandem.sim.verdict import Verdict
 from tandem.sim.worker import SimWorker, sequence
 from tandem.sim.workload import Workload
 
@@ -57,6 +58,7 @@ class Simulation:
     """Runs one workload against one fleet under one router.
 
     ``concurrency``: closed loop, the next request comes when one ends; arrival times are then not the workload's.
+    ``until_known``: the run ends as soon as it is known whether TW attainment by this SLO holds; ``holds`` says it.
     """
 
     def __init__(
@@ -69,7 +71,10 @@ class Simulation:
         concurrency: int = 0,
         coalesce: bool = True,
         progress: Callable[[int, int], None] | None = None,
+        until_known: Slo | None = None,
     ) -> None:
+        if concurrency and until_known is not None:
+            raise ConfigError("a closed loop has no rate, and so no goodput to search for", param="concurrency")
         self._timing = timing or Timing()
         self._workload = workload
         self._events: list[tuple[float, int, Callable[..., None], object]] = []
@@ -80,6 +85,7 @@ class Simulation:
         self._concurrency = concurrency
         self.jobs = [Job(i, offered, f"r{i}") for i, offered in enumerate(workload.requests)]
         self._by_id = {job.id: job for job in self.jobs}
+        self._verdict = Verdict(self.jobs, until_known) if until_known is not None else None
         schedule = self._schedule_tick
         self.workers = [SimWorker(setup, workload.block_size, schedule, coalesce) for setup in fleet.workers]
         self._index = LateIndex(self._timing.index_age_s) if self._timing.index_age_s > 0 else None
@@ -93,7 +99,7 @@ class Simulation:
         self._router = make_router(self.workers, self._lookup)
 
     def run(self) -> Outcome:
-        """Until every request has ended."""
+        """Until every request has ended, or what was to be known is."""
         self._queue = deque(self.jobs)
         for job in self.jobs[: self._concurrency or len(self.jobs)]:
             self._queue.popleft()
@@ -107,7 +113,14 @@ class Simulation:
             now, _, handler, subject = pop(events)
             self._now = now
             handler(subject)
+            if self._verdict is not None and self._verdict.holds is not None:
+                break
         return Outcome(self._workload, self._fleet, self.jobs, self.workers, self._transfers, self._now)
+
+    @property
+    def holds(self) -> bool:
+        """Of a run ``until_known``, after its end."""
+        return self._verdict is not None and bool(self._verdict.holds)
 
     # -- events --------------------------------------------------------------------------------------------------
 
@@ -121,6 +134,8 @@ class Simulation:
     def _arrive(self, job: Job) -> None:
         if self._concurrency and not job.attempt:
             job.offered = replace(job.offered, arrival_s=self._now)
+        if self._verdict is not None:
+            self._verdict.passes(self._now)
         self._carry_out(self._router.arrive(job, self._now))
 
     def _tick(self, worker: SimWorker) -> None:
@@ -156,7 +171,7 @@ class Simulation:
                     self._withdraw(one.job)
                 case Refusal():
                     one.job.refused = one.code
-                    self._ended()
+                    self._ended(one.job)
         wakeup = self._router.next_wakeup(self._now)
         if wakeup is not None and (self._wakeup is None or wakeup < self._wakeup):
             self._wakeup = wakeup
@@ -176,7 +191,7 @@ class Simulation:
             worker.submit(first, self._now)
         except ValueError:
             job.refused = "context_length_exceeded"
-            self._ended()
+            self._ended(job)
             return
         self._go_on(worker)
 
@@ -202,13 +217,15 @@ class Simulation:
             return
         if job.first_token_s is None:
             job.first_token_s = now
+            if self._verdict is not None:
+                self._verdict.told(job)
             if job.handoff_s is None:
                 job.cached_tokens = output.sequence.cached_tokens or 0
                 self._carry_out(self._router.prefill_done(job, now))
         if output.finish is not None:
             job.finished_s = now
             job.preemptions = output.sequence.preemptions
-            self._ended()
+            self._ended(job)
             self._carry_out(self._router.finished(job, now))
 
     def _hand_over(self, job: Job) -> None:
@@ -256,8 +273,10 @@ class Simulation:
         self._go_on(source)
         self._carry_out(self._router.decode_started(job, self._now))
 
-    def _ended(self) -> None:
+    def _ended(self, job: Job) -> None:
         self._left -= 1
+        if self._verdict is not None:
+            self._verdict.told(job)
         if self._queue:
             self._push(self._now, self._arrive, self._queue.popleft())
         if self._progress is not None:

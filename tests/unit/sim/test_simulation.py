@@ -13,11 +13,12 @@ from tandem.core.profiles import PROFILES
 from tandem.enginemodel.profile import context_sum, step_s
 from tandem.errors import ConfigError
 from tandem.sim import cli, tables
+from tandem.sim.baselines import LeastLoaded
 from tandem.sim.fleet import make_fleet
 from tandem.sim.metrics import SLOS, GapHistogram, Job, attainment
 from tandem.sim.report import figures, to_html, to_json
-from tandem.sim.simulation import Timing
-from tandem.sim.study import POLICIES, Setup, simulate, tw_goodput
+from tandem.sim.simulation import Simulation, Timing
+from tandem.sim.study import POLICIES, Setup, simulate, tw_goodput, tw_holds
 from tandem.sim.synthetic import generate
 from tandem.sim.workload import Offered, Workload
 
@@ -157,6 +158,26 @@ def test_tw_attainment_minds_long_prompts() -> None:
     assert found.requests == 37 / 40 and found.tokens < 0.9 and not found.tw
     jobs[0].finished_s = 1.0  # TPOT
     assert attainment(jobs, MEDIUM).quartiles == (0.9, 1.0, 1.0, 0.7)
+
+
+@pytest.mark.parametrize("policy", ["tandem", "tandem-less-refusal", "least-loaded", "dynamo-conditional"])
+@pytest.mark.parametrize("name", ["smooth-chat", "bursty-code", "long-context"])
+def test_whether_attainment_holds_is_known_early_and_rightly(policy: str, name: str) -> None:
+    answers = set()
+    for rate in (0.5, 6.0, 14.0, 60.0, 500.0):
+        wanted = setup(generate(name, 2, 160), policy)
+        whole = attainment(simulate(replace(wanted, workload=wanted.workload.at_rate(rate))).jobs, MEDIUM)
+        assert tw_holds(wanted, rate) == whole.tw, rate
+        answers.add(whole.tw)
+    assert False in answers, "no rate was too high: this tests one side only"
+
+
+def test_a_run_that_cannot_hold_any_more_ends_then() -> None:
+    workload = generate("smooth-chat", 1, 400, 400.0)
+    simulation = Simulation(workload, make_fleet(KIND, "1D"), lambda w, _: LeastLoaded(w), until_known=MEDIUM)
+    outcome = simulation.run()
+    unfinished = sum(job.finished_s is None for job in outcome.jobs)
+    assert not simulation.holds and unfinished > 200, unfinished
 
 
 def test_goodput_is_where_attainment_ends() -> None:
