@@ -76,8 +76,7 @@ class Console:
         self._queue: deque[tuple[float, int]] = deque(maxlen=int(settings.map_history_s / (BATCH_S * STATUS_EVERY)) + 1)
         self.series = Series(counted=bool(counted))
         self._counts = FrontendCounts(counted, lambda counts: self.series.count(counts, clock.monotonic()))
-        slos = {c.name: Slo(c.ttft_slo_s, c.tpot_slo_s) for c in wanted.classes}
-        self.ring = TraceRing(settings.trace_ring, settings.kept_traces, slos, self._trace_ended)
+        self.ring = TraceRing(settings.trace_ring, settings.kept_traces, _slos(wanted), self._trace_ended)
         self.view = ClusterView(self._models, addresses(settings.routers), clock.monotonic)
         self.feed = Feed(lambda: encoded("snapshot", self._snapshot()))
         self._trials = Trials(addresses(settings.frontends))
@@ -106,6 +105,16 @@ class Console:
     @property
     def otlp_port(self) -> int:
         return self._grpc.port
+
+    def reload(self) -> None:
+        """The classes' SLOs anew, for requests from now on. A wrong file changes nothing."""
+        try:
+            wanted = deployment.read(self._settings.deployment)
+        except ConfigError as error:
+            log.error("deployment file not reloaded: %s", error.message)
+            return
+        self.ring.slos = _slos(wanted)
+        log.info("reloaded the classes' SLOs")
 
     async def start(self) -> None:
         """ConfigError if a port is taken."""
@@ -244,8 +253,12 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def _slos(wanted: Deployment) -> dict[str, Slo]:
+    return {c.name: Slo(c.ttft_slo_s, c.tpot_slo_s) for c in wanted.classes}
+
+
 async def run(settings: ConsoleSettings) -> None:
-    """The process: until SIGTERM or SIGINT."""
+    """The process: until SIGTERM or SIGINT. SIGHUP reads the SLOs anew."""
     settings.check()
     leave = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -256,6 +269,7 @@ async def run(settings: ConsoleSettings) -> None:
         bus = await NatsBus.connect(settings.nats_url, name=settings.instance or "console")
         stack.push_async_callback(bus.close)
         console = Console(settings, wanted, bus)
+        loop.add_signal_handler(signal.SIGHUP, console.reload)
         await stack.enter_async_context(metrics_endpoint(settings, instruments_of("console", wanted, bus)))
         await console.start()
         async with asyncio.TaskGroup() as tasks:

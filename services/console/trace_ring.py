@@ -52,12 +52,13 @@ class Trace:
 
 
 class TraceRing:
-    """``on_end`` hears each trace once, when its root span has arrived. ``slos``: by request class."""
+    """``on_end`` hears each trace once, when its root span has arrived. ``slos``: by request class; for traces that
+    begin from now on."""
 
     def __init__(
         self, size: int, kept: int, slos: Mapping[str, Slo], on_end: Callable[[Trace], None] = lambda _: None
     ) -> None:
-        self._slos = slos
+        self.slos = slos
         self._size, self._kept_size = size, kept
         self._recent: OrderedDict[str, Trace] = OrderedDict()
         self._kept: OrderedDict[str, Trace] = OrderedDict()
@@ -73,7 +74,7 @@ class TraceRing:
         self.spans_received += 1
         trace = self._recent.get(span.trace_id) or self._kept.get(span.trace_id)
         if trace is None:
-            trace = self._recent[span.trace_id] = Trace(span.trace_id, self.spans_received, self._slos)
+            trace = self._recent[span.trace_id] = Trace(span.trace_id, self.spans_received, self.slos)
             self._make_room()
         trace.add(span)
         if not span.parent_id or trace.summary.root_id == span.span_id:

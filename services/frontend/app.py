@@ -83,9 +83,8 @@ class Frontend:
         self.instance = f"{name}.{clock.new_incarnation():x}"
         self.cluster = Cluster(bus, cluster=wanted.cluster, instance=self.instance, patience=settings.patience)
         self.tracing = open_tracing(settings, "frontend", cluster=wanted.cluster, instance=name)
-        targets = {c.name: c.ttft_slo_s for c in wanted.classes if c.ttft_slo_s is not None}
-        traces = RequestTraces(self.tracing, targets, clock.monotonic)
-        self.generations = Generations(self.cluster, idle_s=settings.idle_s, traces=traces)
+        self._traces = RequestTraces(self.tracing, wanted, clock.monotonic)
+        self.generations = Generations(self.cluster, idle_s=settings.idle_s, traces=self._traces)
         self.instruments = instruments_of("frontend", wanted, bus)
         self._metrics = FrontendMetrics(self.instruments, wanted, clock.monotonic)
         watch_tracing(self.instruments, self.tracing)
@@ -95,7 +94,7 @@ class Frontend:
         self._metrics.watch_tokenizers({name: m.tokenizer.fell_back for name, m in self._intake.models.items()})
         openai = OpenAIRoutes(self._intake)
         tokens = TokenizeRoutes(self._intake)
-        self._embedder = Embedder(self._intake, self.cluster, traces)
+        self._embedder = Embedder(self._intake, self.cluster, self._traces)
         self._embedder.on_end = self._metrics.embedded
         app = PostedRoutes(
             web_app(self._intake, self.readiness),
@@ -164,6 +163,7 @@ class Frontend:
             return
         self.instruments.allow(label_domains(wanted))
         self._metrics.reconfigure(wanted)
+        self._traces.reconfigure(wanted)
         log.info("reloaded tenants and classes")
 
     async def start(self) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from services.frontend.generation import Generation, GenerationRequest, Progress
 from services.frontend.journey import Journey
+from tandem.adapters.deployment import Deployment
 from tandem.core.types import Leg
 from tandem.errors import Cancelled, TandemError
 from tandem.telemetry import spans
@@ -41,11 +42,15 @@ class _Ending:
 
 
 class RequestTraces:
-    def __init__(self, tracing: Tracing, ttft_slo_s: Mapping[str, float], now: Callable[[], float]) -> None:
-        """``ttft_slo_s``: of the request classes that have one."""
+    def __init__(self, tracing: Tracing, deployment: Deployment, now: Callable[[], float]) -> None:
         self._tracing = tracing
-        self._ttft_slo_s = ttft_slo_s
         self._now = now
+        self._ttft_slo_s: Mapping[str, float] = {}
+        self.reconfigure(deployment)
+
+    def reconfigure(self, deployment: Deployment) -> None:
+        """The classes' SLOs say which first tokens are late, of requests that end from now on."""
+        self._ttft_slo_s = {c.name: c.ttft_slo_s for c in deployment.classes if c.ttft_slo_s is not None}
 
     def begin(self, traceparent: str) -> Trace | None:
         """None when nothing is traced at all."""

@@ -102,7 +102,7 @@ def _apply(args: argparse.Namespace) -> None:
     fresh.write_text(new.to_yaml())
     fresh.replace(copy)
     for process in state.processes:
-        if process.kind in ("router", "frontend") and process.pid:
+        if process.kind in ("router", "frontend", "console") and process.pid:
             with suppress(ProcessLookupError):  # it restarts, and reads the file then
                 os.kill(process.pid, signal.SIGHUP)
     deadline = monotonic() + _TAKEN_S

@@ -8,6 +8,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -32,8 +33,9 @@ async def hub() -> MemoryHub:
 
 
 @pytest.fixture
-async def console(hub: MemoryHub) -> AsyncIterator[Console]:
-    made = Console(ConsoleSettings(deployment="", http_port=0), deployment.parse(DEPLOYMENT), MemoryBus(hub))
+async def console(hub: MemoryHub, tmp_path: Path) -> AsyncIterator[Console]:
+    settings = ConsoleSettings(deployment=str(tmp_path / "deployment.yaml"), http_port=0)
+    made = Console(settings, deployment.parse(DEPLOYMENT), MemoryBus(hub))
     await made.start()
     running = asyncio.create_task(made.run())
     yield made
@@ -106,6 +108,18 @@ async def test_nonsense_is_refused(
         assert status == 413, refused
         return
     assert answered == status
+
+
+async def test_slos_are_read_again_for_the_requests_that_come_then(console: Console, tmp_path: Path) -> None:
+    """The first token of each comes after 50 ms."""
+    file = tmp_path / "deployment.yaml"
+    for number, slo_s in ((21, "1.0"), (22, "0.01"), (23, "soon")):
+        file.write_text(f"{DEPLOYMENT[:-1]}, classes: [{{name: chat, ttft_slo_s: {slo_s}}}]}}")
+        console.reload()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{console.otlp_port}") as channel:
+            await trace_service_pb2_grpc.TraceServiceStub(channel).Export(export(*request_spans(number)), timeout=10)
+    met = {t["request_id"]: t["slo_met"] for t in (await get(console, "/api/traces"))["traces"]}
+    assert met == {"req-000021": True, "req-000022": False, "req-000023": False}, "a wrong file changes nothing"
 
 
 async def test_the_bus_is_shown_live(console: Console, hub: MemoryHub) -> None:

@@ -93,7 +93,7 @@ def start_site(nats_server: EmbeddedServer, byte_level_folder: Path, cluster: st
         )
         frontend_bus = await NatsBus.connect(nats_url or nats_server.url)
         other_bus = await NatsBus.connect(nats_url or nats_server.url)
-        frontend = Frontend(FrontendSettings(deployment="", **settings), deployment, frontend_bus)
+        frontend = Frontend(FrontendSettings(**{"deployment": "", **settings}), deployment, frontend_bus)
         tokenizer = Tokenizer(byte_level_folder)
         fake = FakeCluster(other_bus, cluster, MODEL, lambda submit: [2])
         async with contextlib.AsyncExitStack() as stack:

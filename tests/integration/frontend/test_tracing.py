@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -84,6 +85,23 @@ async def test_a_flood_of_failures_is_told_in_part(site: Site, kept: KeptSpans) 
     await asyncio.gather(*(ask() for _ in range(40)))
     took_s = asyncio.get_running_loop().time() - began
     assert 2 <= len(kept.named(ROOT)) <= 3 + 2 * took_s
+
+
+async def test_slos_that_are_read_again_say_who_is_late(start_site: StartSite, tmp_path: Path) -> None:
+    file = tmp_path / "deployment.yaml"
+    told = []
+    async with start_site(deployment=str(file)) as site:
+        kept = site.frontend.tracing.sink = KeptSpans()
+        site.frontend.tracing.sampler = Sampler(SamplingPolicy(ratio=0.0, slow_ttft_s=60.0))
+        site.cluster.step_s = 0.02
+        for slo_s in ("30.0", "0.001"):
+            model = f"{{name: {MODEL}, path: nowhere, pools: [{{role: aggregated, engine: sim}}]}}"
+            file.write_text(f"{{models: [{model}], classes: [{{name: interactive, ttft_slo_s: {slo_s}}}]}}")
+            site.frontend.reload()
+            site.answer("hello")
+            await site.client.chat.completions.create(model=MODEL, messages=HELLO)
+            told.append([root.attributes[spans.WHY] for root in kept.named(ROOT)])
+    assert told == [[], ["slow"]]
 
 
 async def test_a_client_that_leaves_is_no_failure(site: Site, kept: KeptSpans) -> None:
