@@ -22,7 +22,7 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.written = b""
         self.waiting = 0
-        self.closed = False
+        self.closed = self.ended = self.gone = False
 
     def write(self, data: Any) -> None:
         self.written += data
@@ -34,6 +34,11 @@ class Wire(asyncio.Transport):
 
     def is_closing(self) -> bool:
         return self.closed
+
+    def write_eof(self) -> None:
+        if self.gone:
+            raise OSError("Transport endpoint is not connected")
+        self.ended = True
 
     def get_write_buffer_size(self) -> int:
         return self.waiting
@@ -162,3 +167,27 @@ def test_a_slow_reader_is_cut_off_only_when_it_stops(connection: Connection, clo
         assert not wire(connection).closed
     clock.pass_()
     assert wire(connection).closed
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_early_answer_ends_what_is_said_and_soon_what_is_heard(
+    connection: Connection, clock: Clock, gone: bool
+) -> None:
+    """``gone``: the client has left before the answer's end."""
+    wire(connection).gone = gone
+    connection.data_received(POST + b"content-length: 1000\r\n\r\na")
+    connection.cycle.response_complete = True
+    connection.on_response_complete()
+    assert wire(connection).ended is not gone
+    connection.data_received(b"b" * 10)
+    assert not wire(connection).closed
+    clock.pass_()
+    assert wire(connection).closed
+
+
+def test_a_whole_request_leaves_the_connection_open(connection: Connection) -> None:
+    connection.data_received(POST + b"content-length: 1\r\n\r\na")
+    connection.cycle.response_complete = True
+    connection.on_response_complete()
+    assert not wire(connection).ended
+    assert not wire(connection).closed
