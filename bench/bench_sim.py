@@ -26,7 +26,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 
+from tandem.adapters.clock import monotonic
 from tandem.sim import traces
 from tandem.sim.metrics import attainment
 from tandem.sim.report import figures
@@ -313,9 +315,16 @@ def main() -> int:
     add("--slo", action="append", metavar="NAME", help="again for several (medium and tight)")
     add("--hardware", default="h100-70b-tp4")
     add("--split", default="4P4D", help="what ours runs on")
-    add("--start", type=float, default=8.0, metavar="R", help="requests/s at which the first search begins")
+    add(
+        "--start",
+        type=float,
+        default=64.0,
+        metavar="R",
+        help="requests/s at which the first search begins: what is far too much shows at once, what is too little last",
+    )
     add("--jobs", type=int, default=2, metavar="N", help="processes")
     args = parser.parse_args()
+    began = monotonic()
     bench = Bench(args.quick, args.requests, args.block_size, args.hardware, args.split, args.start)
     names = (*args.trace, *(args.workload or SYNTHETIC))
     kind = f"one seed, {args.requests} requests of a trace" if args.quick else f"median of {SEEDS} seeds, all requests"
@@ -327,6 +336,8 @@ def main() -> int:
             less(names, args.slo or SLOS, bench)
         else:
             run_section(section, names, args.slo or SLOS, bench, args.jobs)
+    cpu_s = sum(u.ru_utime + u.ru_stime for u in map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN)))
+    print(f"\n{monotonic() - began:.0f} s, {cpu_s:.0f} s of CPU, {args.jobs} processes")
     return 0
 
 

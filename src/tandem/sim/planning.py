@@ -315,12 +315,13 @@ def search(level: Level, task: Task) -> Found:
     best = {False: 0.0, True: 0.0}
     for composition in _compositions(level):
         work = [(_work(size, task), count) for size, count in composition]
-        guess = 0.6 * sum(count / (each.prefill_s + each.decode_s) for each, count in work)
+        # More than it will hold: that shows early in a run, too little only at its end.
+        guess = 1.1 * sum(count / (each.prefill_s + each.decode_s) for each, count in work)
         whole = _with_prefill(composition, 0)
         rate = _race(races, whole, best[False], guess)
         if rate > best[False] or aggregated is None:
             aggregated, best[False] = whole, rate
-        found, rate = _climb(races, composition, work, best[True], best[False] or 0.5 * guess)
+        found, rate = _climb(races, composition, work, best[True], best[False] or guess)
         if rate > best[True] or split is None:
             split, best[True] = found or split, max(rate, best[True])
     return Found(level, aggregated, best[False], split, best[True], races.runs)
