@@ -8,11 +8,13 @@ import signal
 import time
 from collections.abc import AsyncIterator
 
+import psutil
 import pytest
 
 from tests.chaos.conftest import Ground
 from tests.faults import chaos, rolling
 from tests.harness.answers import SimAnswers
+from tests.harness.cluster import wait_for
 from tests.harness.load import Load
 from tests.harness.site import Site
 
@@ -102,10 +104,12 @@ async def test_a_worker_that_is_told_to_leave_does_so_after_its_last_stream(site
 
 
 async def test_calls_that_come_when_a_frontend_leaves_are_not_called_cancelled(site: Site, load: Load) -> None:
-    """Each of many clients asks again at once; gRPC's own way to stop would end what it has not begun as CANCELLED."""
+    """Each of many clients asks again at once, up to its end; gRPC's own way to stop would end what it has not begun as
+    CANCELLED, which is not to be sent again."""
+    gone = asyncio.Event()
 
     async def ask() -> None:
-        while not any(stream.error is not None and not stream.typed for stream in load.streams):
+        while not gone.is_set():
             [stream] = load.start(1, 2, isl=(40, 40))
             assert stream.task is not None
             await stream.task
@@ -113,10 +117,29 @@ async def test_calls_that_come_when_a_frontend_leaves_are_not_called_cancelled(s
     asking = [asyncio.create_task(ask()) for _ in range(20)]
     await asyncio.sleep(1.0)
     pid = site.signal("frontend", signal.SIGTERM)
-    await asyncio.wait_for(asyncio.gather(*asking), 30.0)
+    try:
+        await asyncio.to_thread(wait_for, lambda: not psutil.pid_exists(pid), 60.0, "it leaves")
+    finally:
+        gone.set()
+    await asyncio.gather(*asking)
     await load.complete_or_retryable()
-    assert any(stream.error is not None and stream.error.code == "leaving" for stream in load.streams)
     await asyncio.to_thread(site.wait_restarted, "frontend", pid, 60.0)
+
+
+async def test_streams_of_a_frontend_that_leaves_end_beside_its_successors(site: Site, load: Load) -> None:
+    mark = len(site.log())
+    streams = load.start(4, 1000)  # twenty seconds at least
+    await load.flowing(streams)
+    pid = site.signal("frontend", signal.SIGTERM)
+    await asyncio.to_thread(site.wait_restarted, "frontend", pid, 60.0)
+    assert psutil.pid_exists(pid), "it left before there was a successor"
+    async with Load(site.addresses, SimAnswers(), http_every=2) as new:
+        new.start(8, 4)
+        await new.all_complete()
+    assert not any(stream.ended_s for stream in streams), "they ended too soon for this to say anything"
+    await load.all_complete(90.0)
+    left = "frontend: ended with status 0"
+    await asyncio.to_thread(wait_for, lambda: left in site.log()[mark:], 60.0, "it leaves")
 
 
 async def test_chaos(two_routers: Ground) -> None:
