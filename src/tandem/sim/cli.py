@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from time import process_time
 
 from tandem.errors import ConfigError
 from tandem.sim import replay, tables, traces
@@ -76,7 +77,10 @@ def run(args: argparse.Namespace) -> int:
         if args.goodput:
             found.append(_goodput(setup, args))
             continue
+        began = process_time()
         outcome = simulate(setup, None if args.quiet else progress(setup.policy))
+        if not args.quiet:
+            print(f"  {len(outcome.jobs)} requests simulated in {process_time() - began:.1f} s of CPU", file=sys.stderr)
         result = figures(setup, outcome)
         found.append(result)
         if args.json != "-":
