@@ -34,7 +34,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
         "tandem-less-refusal": "late requests run behind the rest instead of being refused",
         "tandem-less-local": "prefill workers compute every prompt",
         "tandem-less-remote": "every prompt is computed where it decodes",
-        "tandem-less-lending": "only prefill workers compute prompts for others",
+        "tandem-less-lending": "roles bind: only prefill workers compute for others, and they never decode",
         "tandem-less-effort": "worker time has no price: streams spread over all workers",
         "tandem-less-pace": "requests start even where the streams would miss their TPOT by it",
     }
