@@ -102,7 +102,9 @@ class Fleet:
         usable = [view for view in self.ordered if view.usable]
         self.decoders = [view for view in usable if view.role is Role.DECODE]
         lending = self._policy.flexible
-        self.reluctant = [v for v in usable if v.role is Role.PREFILL] if lending and self.decoders else []
+        # Where no worker may do both for a request, none that prefills decodes either.
+        both = lending and self._policy.local_prefill and bool(self.decoders)
+        self.reluctant = [v for v in usable if v.role is Role.PREFILL] if both else []
         self.prefillers = [v for v in usable if v.role is Role.PREFILL or (lending and v.kv_format is not None)]
         self.set_aside = tuple((v.id, "draining" if v.draining else "silent") for v in self.ordered if not v.usable)
         self.longest_tokens = max((v.capacity_tokens for v in self.ordered if v.role is Role.DECODE), default=0)
