@@ -63,7 +63,9 @@ class Policy:
     exact_candidates: int = _knob(8, "workers of a role scored exactly; above it a cheap filter picks them")
     local_prefill: bool = _knob(True, "decode workers may prefill by themselves where a prefill worker could do it")
     remote_prefill: bool = _knob(True, "prefill workers may prefill for decode workers")
-    flexible: bool = _knob(True, "decode workers may prefill for each other, and (with local_prefill) prefill workers may decode")
+    flexible: bool = _knob(
+        True, "decode workers prefill for each other, and (with local_prefill) prefill workers decode"
+    )
     reluctance: float = _knob(0.3, "score that decoding on a prefill worker costs, which it does if flexible")
     effort: float = _knob(1.0, "weight of the worker time that a plan adds, as a share of the TTFT target")
     haste: float = _knob(0.03, "weight of the predicted first token, of its target: matters where all targets are far")
