@@ -1,8 +1,10 @@
 """Service-level objectives: what a request aims at, and whether it got there.
 
 An SLO is opt-in, by class or by request, and binding: what cannot meet it is refused or runs behind the rest. A
-request without one still has *targets*, so that placement can weigh its first token against its neighbours' pace;
-those are stretched to what the fleet can do at all and refuse nothing.
+request without one still has *targets*, so that placement can weigh its first token against its neighbours' pace; they
+refuse nothing. The first token is aimed at within ``target_slack`` times what an idle fleet would take: with a far aim
+it would wait where it need not, and streams be packed that could have had workers of their own. The pace is aimed at
+``default_tpot_s``, for an aim near an idle fleet's would cost a busy one throughput (docs/decisions).
 """
 
 from __future__ import annotations
@@ -54,10 +56,12 @@ def targets(
     """
     slo = ttft_slo_s(request, request_class)
     feasible = policy.target_slack * idle_prefill_s
-    if slo is None:
+    if slo is not None:
+        ttft = max(slo, feasible) if late else slo
+    elif request_class.background:
         ttft = max(request_class.ordering_deadline_s, feasible)
     else:
-        ttft = max(slo, feasible) if late else slo
+        ttft = feasible
     tpot = request_class.tpot_slo_s or max(policy.default_tpot_s, policy.target_slack * idle_step_s)
     return Targets(max(ttft, 1e-3), tpot, slo is not None)
 

@@ -55,7 +55,9 @@ def test_slos_are_opt_in() -> None:
 def test_targets_without_an_slo_are_what_the_fleet_can_do() -> None:
     r, policy = request("r"), Policy()
     plain = RequestClass()
-    assert targets(r, plain, policy, 0.1, 0.01).ttft_s == 5.0
+    assert targets(r, plain, policy, 0.1, 0.01).ttft_s == 0.2
+    assert targets(r, RequestClass(background=True), policy, 0.1, 0.01).ttft_s == 5.0
+    assert targets(r, plain, policy, 0.1, 0.01).tpot_s == 0.1
     assert targets(r, plain, policy, 8.0, 0.2).ttft_s == 16.0
     assert targets(r, plain, policy, 8.0, 0.2).tpot_s == 0.4
     assert not targets(r, plain, policy, 8.0, 0.2).binding
