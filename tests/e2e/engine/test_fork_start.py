@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -46,7 +47,11 @@ def _tree(root: int) -> set[int]:
 
 
 def _listening(folder: str, *workers: str) -> bool:
-    return all(Path(folder, f"{worker}.sock").exists() for worker in workers)
+    for worker in workers:
+        with socket.socket(socket.AF_UNIX) as client:
+            if client.connect_ex(f"{folder}/{worker}.sock"):  # the file is there a moment before anybody listens
+                return False
+    return True
 
 
 async def _ask(folder: str, worker: str, job: dict[str, Any]) -> dict[str, Any]:
