@@ -17,7 +17,7 @@ import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-RUN_EXTRAS = ("frontend", "local")
+RUN_EXTRAS = ("frontend", "local", "compile")
 #: The engine pins setuptools; an editable install needs it too.
 BUILD = ["setuptools==78.1.1"]
 

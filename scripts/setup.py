@@ -132,6 +132,21 @@ def make_model(*arguments: str) -> None:
         raise StepFailed("the model could not be made; see above")
 
 
+def compile_core() -> None:
+    """Tandem runs without it, so a machine where it cannot be done is told, and goes on."""
+    if not shutil.which("cc") and not shutil.which("gcc"):
+        return print(
+            "      skipped, no C compiler here: placements and simulations take about twice as long", flush=True
+        )
+    with LOG.open("a") as log:
+        command = [str(PYTHON), "scripts/compile.py"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        if watch(process):
+            print(
+                f"      failed, see {LOG.relative_to(ROOT)}: Tandem runs as Python alone, a little slower", flush=True
+            )
+
+
 def steps(engine: str, dev: bool) -> "list[Step]":
     def lock(name: str) -> Path:
         return LOCKS / f"{name}.lock"
@@ -149,6 +164,11 @@ def steps(engine: str, dev: bool) -> "list[Step]":
             lambda: pip("--no-deps", "--no-build-isolation", "--editable", str(ROOT)),
         ),
     ]
+    compiled = [ROOT / "scripts/compile.py", ROOT / "src/tandem/compiled.py"]
+    compiled += [
+        path for name in ("core", "enginemodel", "sim") for path in sorted((ROOT / "src/tandem" / name).glob("*.py"))
+    ]
+    plan.append(Step("compiled", "decision core as machine code (about a minute)", compiled, compile_core))
     if dev:
         plan.append(locked("dev", "packages of the tests and checks"))
     if engine == "vllm":

@@ -72,9 +72,9 @@ def test_a_step_is_done_until_its_input_changes(setup: Any, tmp_path: Path) -> N
 
 def test_the_simulated_engine_needs_no_engine(setup: Any) -> None:
     names = [step.name for step in setup.steps("sim", dev=False)]
-    assert names == ["venv", "base", "project", "model", "tokenizer-folder"]
+    assert names == ["venv", "base", "project", "compiled", "model", "tokenizer-folder"]
     full = [step.name for step in setup.steps("vllm", dev=True)]
-    assert full == ["venv", "base", "project", "dev", "torch", "engine-cpu", "model", "model-folder"]
+    assert full == ["venv", "base", "project", "compiled", "dev", "torch", "engine-cpu", "model", "model-folder"]
 
 
 def test_too_little_room_is_said_in_numbers(setup: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 
+from mypy_extensions import mypyc_attr
+
 from tandem.core.accounting import Booking, WorkerView
 from tandem.core.admission import Admission, fits_somewhere
 from tandem.core.effects import Effect, Place, Recall, Refuse
@@ -54,6 +56,7 @@ def _declared(classes: Mapping[str, RequestClass]) -> dict[str, RequestClass]:
     return dict(classes) or {"default": RequestClass()}
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)  # the router records calls in one
 class Scheduler:
     """See the module docstring."""
 

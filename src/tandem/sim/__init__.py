@@ -6,3 +6,7 @@
 
 Everything is seeded; the same arguments give the same bytes. GPUs are simulated from timing profiles.
 """
+
+from tandem.compiled import with_compiled
+
+__path__ = with_compiled(__name__, __path__)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from tandem.compiled import pickled_by_fields
 from tandem.core.profiles import PROFILES, Profile
 from tandem.core.types import Role
 from tandem.errors import ConfigError
@@ -26,6 +27,9 @@ class Hardware:
     max_num_seqs: int = 256
     max_model_len: int = 131_072
     chunk_tokens: int = 0  # of its steps, whatever its role; 0 = by role
+
+
+pickled_by_fields(Hardware)
 
 
 def _hardware(profile: str, gpus: int, memory_gb: float, weights_gb: float, kv_bytes_per_token: int) -> Hardware:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import exp, log
 
+from tandem.compiled import pickled_by_fields
 from tandem.core.types import Plan, StepTiming
 from tandem.enginemodel.sequence import StepResult
 from tandem.sim.workload import Offered
@@ -30,6 +31,8 @@ class Slo:
     def ttft_for(self, isl_tokens: int) -> float:
         return self.ttft_s + self.ttft_per_token_s * isl_tokens
 
+
+pickled_by_fields(Slo)
 
 SLOS = {
     slo.name: slo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -326,7 +327,7 @@ async def test_what_the_scheduler_has_given_up_is_not_kept(world: World) -> None
 
 
 def _fields(spec: WorkerSpec) -> dict[str, Any]:
-    return {name: getattr(spec, name) for name in WorkerSpec.__slots__}
+    return {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
 
 
 # -- traces ------------------------------------------------------------------------------------------------------------
