@@ -218,7 +218,7 @@ def goal(name: str, slo: str, bench: Bench) -> Row:
 
 def mixed(name: str, slo: str, bench: Bench) -> Row:
     fast, slow = MIXED
-    setup = ours_for(name, slo, bench, split=f"2P2D@{fast}+2P2D@{slow}")
+    setup = ours_for(name, slo, bench, split=f"4P0D@{fast}+0P4D@{slow}")
     return race(f"{Path(name).stem}, 4 H100 + 4 A100", name, slo, setup, bench, mixed_alternatives)
 
 

@@ -103,7 +103,7 @@ class WorkerView:
         "capacity_tokens", "decoding_blocks", "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens",
         "foreign_sequences", "foreign_tokens",
         "id", "kv_format", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf", "role",
-        "shared_blocks", "sharing", "spec", "suspect", "transfer_bytes",
+        "shared_blocks", "sharing", "spec", "suspect", "transfer_bytes", "worth",
     )  # fmt: skip
 
     def __init__(self, spec: WorkerSpec, perf: PerfModel, lag: float) -> None:
@@ -116,6 +116,7 @@ class WorkerView:
         self.draining = spec.draining
         self.suspect = False
         self.perf = perf
+        self.worth = 1.0  # of its time, beside the mean of the fleet
         self.bookings: dict[RequestKey, Booking] = {}
         self.own_tokens = 0
         self.own_context = 0.0

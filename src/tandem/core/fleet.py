@@ -114,7 +114,17 @@ class Fleet:
         self.standings.decoders.reset(self.decoders)
         self.standings.prefillers.reset(v for v in self.prefillers if v.role is Role.PREFILL)
         self.standings.lenders.reset(v for v in self.prefillers if v.role is not Role.PREFILL)
+        self._appraise()
         self._rank()
+
+    def _appraise(self) -> None:
+        """What a second of each worker is worth: the faster it is, by its profile, the dearer. So a kind of worker does
+        what it is best at *beside the others*: of GPUs that compute thrice as fast and read memory 1.6 times as fast,
+        the fast ones prefill, and the others decode."""
+        speeds = [v.perf.profile.speed for v in self.ordered]
+        mean = sum(speeds) / max(1, len(speeds))
+        for view, speed in zip(self.ordered, speeds, strict=True):
+            view.worth = speed / mean
 
     def _rank(self) -> None:
         """Finds the fastest workers again: what they learn shifts slowly."""

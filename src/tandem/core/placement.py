@@ -26,7 +26,7 @@ import heapq
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -82,6 +82,12 @@ class Inquiry:
     credit_s: float = 0.2  # it starts on a worker that has less prefill pending than this
     guard_share: float = 1.0  # background: share of TPOT target and KV that it may fill
     reserved: Mapping[str, RequestKey] = field(default_factory=dict)  # decode workers held for somebody, by id
+
+    def near(self, best_tpot_s: float, slack: float) -> Inquiry:
+        """With the pace aimed at near the best that there is now."""
+        aim = self.targets
+        pace = Targets(aim.ttft_s, min(aim.tpot_s, slack * best_tpot_s), aim.binding, aim.near)
+        return replace(self, targets=pace)
 
 
 #: The terms of a score, in the order of ``Candidate.row``.
@@ -332,20 +338,23 @@ def decide(
     if len(able_p) > policy.exact_candidates:
         able_p = _promising_prefillers(able_p, inquiry, policy.exact_candidates)
     tau = disturbance_window_s(inquiry.expected_osl, inquiry.targets.tpot_s)
+    seats = [_seat(view, inquiry, policy, now, tau) for view in able_d]
+    if inquiry.targets.near and seats:
+        inquiry = inquiry.near(min(map(_undisturbed_s, seats)), policy.target_slack)
     sources: dict[str, _Source] = {}
     lenders = _lenders(able_p, inquiry, policy, now, tau, sources)
     candidates: list[Candidate] = []
 
-    def score_on(views: Sequence[WorkerView]) -> None:
-        for view in views:
-            here = sources.get(view.id) or _source(view, view.reading(now), inquiry, policy.inflation)
-            _plans_on(_seat(view, inquiry, policy, now, tau), here, lenders, inquiry, policy, candidates)
+    def score_on(seats: Sequence[_Seat]) -> None:
+        for seat in seats:
+            here = sources.get(seat.view.id) or _source(seat.view, seat.view.reading(now), inquiry, policy.inflation)
+            _plans_on(seat, here, lenders, inquiry, policy, candidates)
 
-    score_on(able_d)
+    score_on(seats)
     if reluctant and min(map(_score_of, candidates), default=math.inf) > _least_reluctant(lenders, inquiry, policy):
         able_r, more = _seats_among(reluctant, inquiry, share, count, standings, excluded)
         partial = partial or more
-        score_on(able_r)
+        score_on([_seat(view, inquiry, policy, now, tau) for view in able_r])
     found = len(candidates)
     if inquiry.guard_share < 1.0:
         candidates = [candidate for candidate in candidates if candidate.itl_of_target <= inquiry.guard_share]
@@ -500,6 +509,12 @@ class _Seat(NamedTuple):
     price: float  # of decoding there at all
 
 
+def _undisturbed_s(seat: _Seat) -> float:
+    """Its pace beside the prompts that are pending there already."""
+    share = seat.rho / seat.tau
+    return seat.step_s / (1.0 - (share if share < _MAX_DISTURBANCE else _MAX_DISTURBANCE))
+
+
 def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float, tau: float) -> _Seat:
     osl, perf = inquiry.expected_osl, view.perf
     batch = view.own_sequences + view.foreign_sequences
@@ -546,7 +561,8 @@ def _remote_plan(
     ttft_target, tpot_target, effort, step_s, kv = targets.ttft_s, targets.tpot_s, policy.effort, seat.step_s, seat.kv
     missing = max(0, inquiry.request.isl_tokens - inquiry.cached.get(decode.id, 0))
     moved = float(missing * decode.spec.kv_bytes_per_token)
-    undisturbed_s = step_s / (1.0 - min(_MAX_DISTURBANCE, seat.rho / seat.tau))
+    undisturbed_s = _undisturbed_s(seat)
+    longer_s = seat.longer_s * decode.worth
     kind, own_link, own_transfers = decode.kv_format, decode.spec.link_bytes_per_s, decode.transfer_bytes
     least = math.inf
     best: tuple[_Source, float, float, float] | None = None
@@ -562,7 +578,7 @@ def _remote_plan(
         itl_s = harm * tpot_target
         if itl_s < undisturbed_s:
             itl_s = undisturbed_s
-        added = effort * (source.extra_s + seat.longer_s) / ttft_target
+        added = effort * (source.extra_s * view.worth + longer_s) / ttft_target
         score = _score(ttft_s / ttft_target, itl_s / tpot_target, kv, added, policy)
         if score < least:
             least, best = score, (source, ttft_s, transfer_s, itl_s)
@@ -584,7 +600,8 @@ def _candidate(
     policy: Policy,
 ) -> Candidate:
     targets, waited_s = inquiry.targets, inquiry.waited_s
-    r1, r2, effort_s = ttft_s / targets.ttft_s, itl_s / targets.tpot_s, source.extra_s + seat.longer_s
+    r1, r2 = ttft_s / targets.ttft_s, itl_s / targets.tpot_s
+    effort_s = source.extra_s * source.view.worth + seat.longer_s * seat.view.worth
     score = seat.price + _score(r1, r2, seat.kv, policy.effort * effort_s / targets.ttft_s, policy)
     row = (
         1e3 * ttft_s, 1e3 * waited_s, 1e3 * source.total_s, 1e3 * transfer_s, 1e3 * itl_s, seat.kv, r1, r2,

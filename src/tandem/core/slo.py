@@ -3,8 +3,9 @@
 An SLO is opt-in, by class or by request, and binding: what cannot meet it is refused or runs behind the rest. A
 request without one still has *targets*, so that placement can weigh its first token against its neighbours' pace; they
 refuse nothing. The first token is aimed at within ``target_slack`` times what an idle fleet would take: with a far aim
-it would wait where it need not, and streams be packed that could have had workers of their own. The pace is aimed at
-``default_tpot_s``, for an aim near an idle fleet's would cost a busy one throughput (docs/decisions).
+it would wait where it need not. The pace is aimed at within as many times what the best worker would give *now*, and no
+farther than ``default_tpot_s``: so streams spread while there is room, and a busy fleet is not asked for an idle one's
+pace, which would cost it throughput (docs/decisions). Background work aims far.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from tandem.core.types import Request
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Seconds; ``ttft_s`` counts from arrival. ``binding``: the TTFT is an SLO and not only an aim."""
+    """Seconds; ``ttft_s`` counts from arrival. ``binding``: the TTFT is an SLO and not only an aim. ``near``: the pace
+    is aimed at near what the best worker gives now, ``tpot_s`` being the farthest."""
 
     ttft_s: float
     tpot_s: float
     binding: bool
+    near: bool = False
 
 
 def ttft_slo_s(request: Request, request_class: RequestClass) -> float | None:
@@ -63,7 +66,8 @@ def targets(
     else:
         ttft = feasible
     tpot = request_class.tpot_slo_s or max(policy.default_tpot_s, policy.target_slack * idle_step_s)
-    return Targets(max(ttft, 1e-3), tpot, slo is not None)
+    near = request_class.tpot_slo_s is None and not request_class.background
+    return Targets(max(ttft, 1e-3), tpot, slo is not None, near)
 
 
 @dataclass(frozen=True, slots=True)

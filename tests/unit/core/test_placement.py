@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.core.accounting import Booking, WorkerView
+from tandem.core.fleet import Fleet
 from tandem.core.perf_model import PerfModel
 from tandem.core.placement import Candidate, Decision, Inquiry, Standings, decide, disturbance_window_s, suffix_context
 from tandem.core.policy import Policy
@@ -365,3 +366,50 @@ def test_a_worker_that_may_take_either_part_is_left_out_once() -> None:
     full = busy(view("d0"), streams=view("d0").spec.max_num_seqs)
     decision = decided(inquiry(), [full, view("d1")], [full, view("d1")])
     assert len([worker for worker, _ in decision.excluded if worker == "d0"]) == 1
+
+
+# --- what is aimed at without an SLO --------------------------------------------------------------------------------
+
+AIMS = Targets(0.5, 0.1, binding=False, near=True)
+
+
+def test_without_an_slo_streams_spread_while_there_is_room() -> None:
+    """An idle worker beside one with streams: whole steps of effort are paid for a pace that is twice as good."""
+    workers = [busy(view("d0"), streams=120, kv_each=6000), view("d1")]
+    far = replace(AIMS, near=False)
+    asked = inquiry(500, targets=AIMS)
+    assert decided(asked, workers).best.decode.id == "d1"  # type: ignore[union-attr]
+    assert decided(replace(asked, targets=far), workers).best.decode.id == "d0"  # type: ignore[union-attr]
+
+
+def test_a_busy_fleet_is_not_asked_for_an_idle_ones_pace() -> None:
+    """All workers alike: the aim is a multiple of what they give, so nobody is over the guard."""
+    workers = [busy(view(f"d{i}"), streams=60, kv_each=2000) for i in range(4)]
+    best = decided(inquiry(100, targets=AIMS), workers).best
+    assert best is not None
+    assert best.itl_of_target < POLICY.tpot_guard
+    assert best.itl_s < AIMS.tpot_s
+
+
+# --- GPUs of several kinds ------------------------------------------------------------------------------------------
+
+
+def test_each_kind_does_what_it_is_best_at_beside_the_other() -> None:
+    """The fast kind is faster at both, and most so at prefill."""
+    fleet = Fleet(POLICY, PROFILES)
+    for name, kind in (("a", "sim-a100-llama-70b-tp4"), ("h", "sim-h100-llama-70b-tp4")):
+        fleet.up(spec(name, Role.DECODE, perf_profile=kind))
+    slow, fast = fleet.decoders
+    assert slow.worth < 1.0 < fast.worth
+    assert slow.worth + fast.worth == pytest.approx(2.0)
+    asked = inquiry(2000, targets=Targets(5.0, 0.2, binding=True), expected_osl=400.0)
+    best = decided(asked, fleet.decoders, fleet.prefillers).best
+    assert best is not None
+    assert (best.first.id, best.decode.id) == ("h", "a")
+
+
+def test_workers_of_one_kind_are_worth_the_same() -> None:
+    fleet = Fleet(POLICY, PROFILES)
+    for i in range(3):
+        fleet.up(spec(f"d{i}", Role.DECODE))
+    assert [worker.worth for worker in fleet.decoders] == [1.0] * 3

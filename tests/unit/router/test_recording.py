@@ -19,7 +19,7 @@ from tests.unit.core import virtual_fleet
 from tests.unit.core.virtual_fleet import VirtualFleet, request, spec
 
 CLASSES = {
-    "top": RequestClass(name="top", ttft_slo_s=1.0),
+    "top": RequestClass(name="top", ttft_slo_s=0.3),
     "batch": RequestClass(name="batch", rank=1, background=True, min_share=0.05),
 }
 TENANTS = {"a": Tenant(name="a", weight=2.0), "b": Tenant(name="b")}
