@@ -375,7 +375,7 @@ AIMS = Targets(0.5, 0.1, binding=False, near=True)
 
 def test_without_an_slo_streams_spread_while_there_is_room() -> None:
     """An idle worker beside one with streams: whole steps of effort are paid for a pace that is twice as good."""
-    workers = [busy(view("d0"), streams=120, kv_each=6000), view("d1")]
+    workers = [busy(view("d0", kv_blocks_total=60_000), streams=110, kv_each=5000), view("d1")]
     far = replace(AIMS, near=False)
     asked = inquiry(500, targets=AIMS)
     assert decided(asked, workers).best.decode.id == "d1"  # type: ignore[union-attr]
