@@ -340,7 +340,7 @@ def decide(
     tau = disturbance_window_s(inquiry.expected_osl, inquiry.targets.tpot_s)
     seats = [_seat(view, inquiry, policy, now, tau) for view in able_d]
     if inquiry.targets.near and seats:
-        inquiry = inquiry.near(min(map(_undisturbed_s, seats)), policy.target_slack)
+        inquiry = inquiry.near(min(map(_undisturbed_s, seats)), policy.pace_slack)
     sources: dict[str, _Source] = {}
     lenders = _lenders(able_p, inquiry, policy, now, tau, sources)
     candidates: list[Candidate] = []

@@ -58,7 +58,10 @@ class Policy:
     first_token_guard: float = _knob(0.8, "share of the TTFT target above which a plan's score rises steeply")
     tpot_guard: float = _knob(0.85, "share of the TPOT target above which a plan's score rises steeply")
     kv_guard: float = _knob(0.95, "share of a decode worker's KV above which a plan's score rises")
-    default_tpot_s: float = _knob(0.1, "TPOT that placement aims at where no SLO is given, seconds")
+    default_tpot_s: float = _knob(0.1, "farthest TPOT that placement aims at where no SLO is given, seconds")
+    pace_slack: float = _knob(
+        1.3, "TPOT without an SLO is aimed at within this multiple of what the best worker gives now"
+    )
     target_slack: float = _knob(2.0, "a target without an SLO is at least this multiple of what an idle fleet can do")
     exact_candidates: int = _knob(8, "workers of a role scored exactly; above it a cheap filter picks them")
     local_prefill: bool = _knob(True, "decode workers may prefill by themselves where a prefill worker could do it")

@@ -3,9 +3,9 @@
 An SLO is opt-in, by class or by request, and binding: what cannot meet it is refused or runs behind the rest. A
 request without one still has *targets*, so that placement can weigh its first token against its neighbours' pace; they
 refuse nothing. The first token is aimed at within ``target_slack`` times what an idle fleet would take: with a far aim
-it would wait where it need not. The pace is aimed at within as many times what the best worker would give *now*, and no
-farther than ``default_tpot_s``: so streams spread while there is room, and a busy fleet is not asked for an idle one's
-pace, which would cost it throughput (docs/decisions). Background work aims far.
+it would wait where it need not. The pace is aimed at within ``pace_slack`` times what the best worker would give *now*,
+and no farther than ``default_tpot_s``: so streams spread while there is room, and a busy fleet is not asked for an idle
+one's pace, which would cost it throughput (docs/decisions). Background work aims far.
 """
 
 from __future__ import annotations
