@@ -18,6 +18,7 @@ class OutputLengths:
     def reconfigure(self, policy: Policy) -> None:
         self._start = float(policy.default_osl_tokens)
         self._weight = policy.osl_memory
+        self._known = policy.osl_known
 
     def learn(self, name: str, tokens: int) -> None:
         seen = self._seen.get(name, 0) + 1
@@ -29,11 +30,19 @@ class OutputLengths:
         self._mean[name] = mean + weight * (tokens - mean)
         self._seen[name] = seen
 
+    def mean(self, name: str) -> float:
+        """Tokens of an answer of that class, whoever asks: of the streams that a request runs beside."""
+        return max(1.0, self._mean.get(name, self._start))
+
     def expected(self, name: str, request: Request) -> float:
         """Tokens, at least 1 and at most what the request allows."""
+        if self._known:
+            return float(request.max_osl_tokens)
         return max(1.0, min(float(request.max_osl_tokens), self._mean.get(name, self._start)))
 
     def generous(self, name: str, request: Request) -> int:
         """What to reserve room for: longer than most, at most what the request allows."""
+        if self._known:
+            return request.max_osl_tokens
         length = self._mean.get(name, self._start) + 2.0 * self._deviation.get(name, 0.0)
         return max(1, min(request.max_osl_tokens, int(length)))

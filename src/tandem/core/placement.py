@@ -76,7 +76,8 @@ class Inquiry:
     cached: Mapping[str, int]
     targets: Targets
     waited_s: float
-    expected_osl: float
+    expected_osl: float  # of this request
+    stream_osl: float  # of those that it runs beside
     reserve_tokens: int  # KV tokens to reserve on the decode worker
     avoid: frozenset[str] = frozenset()
     credit_s: float = 0.2  # it starts on a worker that has less prefill pending than this
@@ -260,7 +261,7 @@ def _lenders(
 
     All of ``views`` as places to compute the prompt go to ``sources``, by worker.
     """
-    inflation, tpot_s, osl = policy.inflation, inquiry.targets.tpot_s, inquiry.expected_osl
+    inflation, tpot_s, osl = policy.inflation, inquiry.targets.tpot_s, inquiry.stream_osl
     found: list[_Lender] = []
     for view in views:
         source, harm = _source(view, view.reading(now), inquiry, inflation), 0.0
@@ -337,7 +338,7 @@ def decide(
         able_d = _promising_decoders(able_d, inquiry, policy.exact_candidates)
     if len(able_p) > policy.exact_candidates:
         able_p = _promising_prefillers(able_p, inquiry, policy.exact_candidates)
-    tau = disturbance_window_s(inquiry.expected_osl, inquiry.targets.tpot_s)
+    tau = disturbance_window_s(inquiry.stream_osl, inquiry.targets.tpot_s)
     seats = [_seat(view, inquiry, policy, now, tau) for view in able_d]
     if inquiry.targets.near and seats:
         inquiry = inquiry.near(min(map(_undisturbed_s, seats)), policy.pace_slack)
@@ -518,7 +519,7 @@ def _undisturbed_s(seat: _Seat) -> float:
 def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float, tau: float) -> _Seat:
     osl, perf = inquiry.expected_osl, view.perf
     batch = view.own_sequences + view.foreign_sequences
-    others = view.own_kv_tokens + view.foreign_kv_tokens + 0.5 * osl * batch
+    others = view.own_kv_tokens + view.foreign_kv_tokens + 0.5 * inquiry.stream_osl * batch
     kv_tokens = inquiry.request.isl_tokens + 0.5 * osl
     step_s = perf.decode_step_s(batch + 1, others + kv_tokens)
     # An idle worker would decode for this request alone: all of the step is its own.

@@ -54,6 +54,7 @@ class Policy:
     report_lag_s: float = _knob(0.6, "a load report is at most this much older than its arrival, seconds")
     default_osl_tokens: int = _knob(256, "expected output length before any request of a class has ended")
     osl_memory: float = _knob(0.02, "weight of a new request in the mean output length of its class")
+    osl_known: bool = _knob(False, "requests end at their limit of tokens and never before: replays, benchmarks")
     # placement
     first_token_guard: float = _knob(0.8, "share of the TTFT target above which a plan's score rises steeply")
     tpot_guard: float = _knob(0.85, "share of the TPOT target above which a plan's score rises steeply")

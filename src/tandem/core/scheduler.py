@@ -393,6 +393,7 @@ class Scheduler:
             targets=self._admission.targets(entry, now),
             waited_s=max(0.0, now - request.arrival_s),
             expected_osl=self._admission.lengths.expected(request_class.name, request),
+            stream_osl=self._admission.lengths.mean(request_class.name),
             reserve_tokens=request.isl_tokens + self._admission.lengths.generous(request_class.name, request),
             avoid=self._avoid(request),
             credit_s=self.policy.background_credit_s if guarded else self.policy.credit_s,
@@ -436,7 +437,7 @@ class Scheduler:
         """Takes prefill credit on the first worker and KV room on every worker of the plan."""
         key, isl = inquiry.request.key, inquiry.request.isl_tokens
         first, decode = candidate.first, candidate.decode
-        tau = disturbance_window_s(inquiry.expected_osl, inquiry.targets.tpot_s)
+        tau = disturbance_window_s(inquiry.stream_osl, inquiry.targets.tpot_s)
         fresh, context = isl - cached, suffix_context(isl, cached)
         room = need_blocks(decode, inquiry.reserve_tokens)
         if candidate.prefill is None:

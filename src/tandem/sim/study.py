@@ -23,7 +23,7 @@ POLICIES: Mapping[str, str] = MappingProxyType(
     {
         "tandem": "the router's own decision core, with the SLO as its requests' SLO",
         "tandem-no-slo": "the same; its requests carry no SLO, so nothing is refused for lateness",
-        "tandem-oracle": "the same, knowing each output's length, and with a model that needs no margin",
+        "tandem-oracle": "the same, knowing each output's length",
         "round-robin": "one worker after the other",
         "least-loaded": "fewest requests in flight",
         "dynamo": "Dynamo's published cost function with overlap credit",
@@ -55,10 +55,8 @@ ABLATIONS: Mapping[str, Mapping[str, float | int | bool]] = MappingProxyType(
     }
 )
 
-#: The expected length of an answer is what its request says at most, for good; predictions have no margin.
-_ORACLE: Mapping[str, float | int | bool] = MappingProxyType(
-    {"default_osl_tokens": 10**9, "osl_memory": 0.0, "inflation": 1.0}
-)
+#: Each request's limit is the length of its answer, and that is known.
+_ORACLE: Mapping[str, float | int | bool] = MappingProxyType({"osl_known": True})
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ def inquiry(isl: int = 4000, cached: dict[str, int] | None = None, **changes: ob
         targets=GOAL,
         waited_s=0.0,
         expected_osl=200.0,
+        stream_osl=200.0,
         reserve_tokens=isl + 200,
     )
     return replace(base, **changes)  # type: ignore[arg-type]
@@ -389,6 +390,17 @@ def test_a_busy_fleet_is_not_asked_for_an_idle_ones_pace() -> None:
     assert best is not None
     assert best.itl_of_target < POLICY.tpot_guard
     assert best.itl_s < AIMS.tpot_s
+
+
+def test_a_short_answer_is_placed_as_a_long_one_beside_the_same_streams() -> None:
+    """What a prompt does to the streams beside it counts over their life, not over that of its own answer."""
+
+    def pace(osl: float) -> float:
+        found = decided(inquiry(2000, expected_osl=osl), [busy(view("d0"), streams=8)]).best
+        assert found is not None
+        return found.itl_s
+
+    assert pace(10.0) == pytest.approx(pace(400.0), rel=0.02)
 
 
 # --- GPUs of several kinds ------------------------------------------------------------------------------------------

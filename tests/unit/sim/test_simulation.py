@@ -268,7 +268,7 @@ def test_ablations_take_their_ingredient_out() -> None:
 
 
 def test_without_deadlines_the_queue_goes_by_arrival() -> None:
-    requests = tuple(Offered(0.001 * i, 8000 - 60 * i, 2) for i in range(60))
+    requests = tuple(Offered(0.001 * i, 8000 - 60 * i, 1) for i in range(60))
     jobs = simulate(setup(Workload("shrinking", 64, requests), "tandem-less-deadlines", "1D")).jobs
     placed = [job.placed_s for job in jobs if job.placed_s is not None]
     assert placed == sorted(placed)
