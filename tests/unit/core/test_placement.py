@@ -166,7 +166,7 @@ def test_the_tpot_guard_keeps_prefill_away_from_streams() -> None:
     the request would take what is best for itself."""
     d = busy(view("d0"), streams=40, kv_each=1000)
     p = busy(view("p0", Role.PREFILL), prefill=12000)
-    asked = inquiry(3000, targets=Targets(1.5, 0.028, binding=True), expected_osl=60.0)
+    asked = inquiry(3000, targets=Targets(1.5, 0.028, binding=True), stream_osl=60.0)
     assert best(asked, [d], [p]).prefill is p
     unguarded = decide(asked, [d], [p], replace(POLICY, tpot_guard=1e9), 0.0).best
     assert unguarded is not None
@@ -312,9 +312,9 @@ def test_looking_at_reluctant_workers_only_when_they_may_win_loses_no_plan(
 
 
 def test_a_prompt_alone_on_a_worker_delays_no_streams_however_long() -> None:
-    found = best(inquiry(20_000, expected_osl=20.0), [view("d0")])
+    found = best(inquiry(20_000, stream_osl=20.0), [view("d0")])
     assert found.prefill is None and found.itl_of_target < 0.5
-    beside_one = best(inquiry(20_000, expected_osl=20.0), [busy(view("d0"), streams=1)])
+    beside_one = best(inquiry(20_000, stream_osl=20.0), [busy(view("d0"), streams=1)])
     assert beside_one.itl_of_target > 1.0
 
 
