@@ -48,6 +48,8 @@ def tandem(pools: list[dict[str, Any]], folder: Path, env: dict[str, str] | None
     model = {"name": MODEL, "path": MODEL, "max_model_len": 8192, "dtype": "bfloat16", "pools": pools}
     deployment = {"cluster": "bench", "http": {"port": port}, "grpc": {"port": free_port()}, "models": [model]}
     deployment["console"] = {"enabled": False}
+    # What is measured is the split itself: each phase stays with the worker whose role it is.
+    deployment["policy"] = {"local_prefill": False}
     (folder / "d.yaml").write_text(yaml.safe_dump(deployment))
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("TANDEM_")}
     places = {"XDG_RUNTIME_DIR": str(folder), "XDG_STATE_HOME": str(folder)}
@@ -137,7 +139,7 @@ def bare(vocabulary: list[str], requests: int = 8) -> dict[str, Any]:
     """vLLM by itself, in a process of its own: the same options, no frontend, router, bus or worker."""
     words_file = json.dumps(vocabulary[:2000])
     done = subprocess.run(
-        [sys.executable, __file__, "--bare", str(requests)],
+        [sys.executable, "-m", "bench.bench_engine", "--bare", str(requests)],
         input=words_file, capture_output=True, text=True, check=False, timeout=400,
         env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
