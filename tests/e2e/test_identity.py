@@ -45,7 +45,8 @@ def deployment(model_folder: str, *, local: bool, remote: bool) -> dict[str, Any
                 ],
             }
         ],
-        "policy": {"local_prefill": local, "remote_prefill": remote},
+        # Not flexible: a prefill worker that also decoded would make the legs something else than they claim.
+        "policy": {"local_prefill": local, "remote_prefill": remote, "flexible": False},
     }
 
 
@@ -90,7 +91,7 @@ class Legs:
         # The routers of a local cluster read the supervisor's copy of the file.
         [copy] = cluster.folder.glob("tandem/*/deployment.yaml")
         copy.write_text(cluster.deployment_file.read_text())
-        marker = f"local_prefill={leg == 'local'}, remote_prefill={leg == 'remote'}"
+        marker = f"local_prefill={leg == 'local'}, remote_prefill={leg == 'remote'}, flexible=False"
         before = cluster.log().count(marker)
         cluster.signal(cluster.processes("router")[0]["name"], signal.SIGHUP)
         wait_for(lambda: cluster.log().count(marker) > before, 10, "policy reloaded")

@@ -34,10 +34,10 @@ _MIN_RETRY_S, _MAX_RETRY_S = 0.1, 600.0
 
 
 def check_feasible(request: Request, longest_tokens: int) -> None:
-    """Raises NoWorkers if nothing that decodes is registered, ContextLengthExceeded if no worker could ever hold it.
+    """Raises NoWorkers if nothing that decodes ever registered, ContextLengthExceeded if no worker could ever hold it.
 
-    ``longest_tokens``: what the largest decode worker holds, 0 = there is none. A silent or draining one counts:
-    whoever asks now may wait for it or for its successor.
+    ``longest_tokens``: what the largest decode worker holds, 0 = there never was one. A silent, draining or lost one
+    counts: whoever asks now may wait for it or for its successor, as long as those may who asked before it went.
     """
     if not longest_tokens:
         raise NoWorkers(f"no worker of model {request.model!r} can decode at the moment", retry_after_s=1.0)

@@ -33,7 +33,9 @@ class Fleet:
         self.prefillers: list[WorkerView] = []  # usable ones that compute prompts for others
         self.reluctant: list[WorkerView] = []  # usable prefill workers that decode, too, beside those whose role it is
         self.set_aside: tuple[tuple[str, str], ...] = ()  # (worker id, why it is not usable)
-        self.longest_tokens = 0  # prompt and output that the largest decode worker holds, usable or not; 0 = none
+        #: Prompt and output that the largest decode worker holds, usable or not; where none is left, that the last ones
+        #: held; 0 = there never was one.
+        self.longest_tokens = 0
         self.generation = 0  # rises when the set of usable workers, or a role, changes
         self.reserved: dict[str, RequestKey] = {}  # decode worker -> who waits for room on it
         self.openings = 0  # times that a worker got credit
@@ -107,9 +109,10 @@ class Fleet:
         self.reluctant = [v for v in usable if v.role is Role.PREFILL] if both else []
         self.prefillers = [v for v in usable if v.role is Role.PREFILL or (lending and v.kv_format is not None)]
         self.set_aside = tuple((v.id, "draining" if v.draining else "silent") for v in self.ordered if not v.usable)
-        self.longest_tokens = max((v.capacity_tokens for v in self.ordered if v.role is Role.DECODE), default=0)
-        held = {view.id for view in self.decoders}
-        self.reserved = {worker: key for worker, key in self.reserved.items() if worker in held}
+        held = [v.capacity_tokens for v in self.ordered if v.role is Role.DECODE]
+        self.longest_tokens = max(held) if held else self.longest_tokens
+        decoding = {view.id for view in self.decoders}
+        self.reserved = {worker: key for worker, key in self.reserved.items() if worker in decoding}
         self._dirty.update(self.views)
         self.standings.decoders.reset(self.decoders)
         self.standings.prefillers.reset(v for v in self.prefillers if v.role is Role.PREFILL)

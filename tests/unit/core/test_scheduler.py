@@ -199,6 +199,21 @@ def test_queued_requests_outlive_their_workers_for_a_grace() -> None:
     assert {type(error) for error in fleet.refused.values()} == {NoWorkers}
 
 
+def test_whoever_asks_just_after_the_last_worker_went_waits_for_its_successor() -> None:
+    fleet = VirtualFleet(disaggregated(1, 1), report_every_s=0)
+    fleet.poll()
+    fleet.kill("d0")
+    fleet.poll()
+    fleet.submit(request("in time"))
+    fleet.run(until=5.0)
+    assert not fleet.refused
+    fleet.run(until=31.0)
+    assert isinstance(fleet.refused[RequestKey("in time")], NoWorkers)
+    fleet.submit(request("too late"))
+    fleet.poll()
+    assert isinstance(fleet.refused[RequestKey("too late")], NoWorkers)
+
+
 def test_a_request_is_refused_when_it_has_waited_its_whole_time() -> None:
     fleet = VirtualFleet([spec("d0", Role.DECODE)], report_every_s=0)
     fleet.submit(request("long", isl=30000, osl=1000))
