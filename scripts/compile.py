@@ -28,8 +28,12 @@ def build() -> None:
         setup(name="compiled", packages=[], ext_modules=modules, script_args=["--quiet", "build_ext", *where])
         shutil.rmtree(compiled.STORE, ignore_errors=True)
         # Under another name first: whoever starts meanwhile finds all of it, or nothing.
-        shutil.copytree("made", compiled.STORE / "new")
-        (compiled.STORE / "new").rename(compiled.folder())
+        new = compiled.STORE / "new"
+        shutil.copytree(Path("made", "tandem"), new / "modules" / "tandem")
+        (new / "library").mkdir()
+        for library in Path("made").glob("*.so"):
+            shutil.copy(library, new / "library")
+        new.rename(compiled.folder())
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def sources() -> list[Path]:
 def folder() -> Path:
     """Where the machine code of these sources lies, or would lie, for this Python."""
     digest = hashlib.sha256(sys.version.encode())
-    for path in sources():
+    for path in (Path(__file__), *sources()):
         digest.update(path.name.encode() + path.read_bytes())
     return STORE / digest.hexdigest()[:16]
 
@@ -65,9 +65,12 @@ def with_compiled(package: str, path: Iterable[str]) -> list[str]:
     path = list(path)
     if not STORE.is_dir() or "tandem-interpreted" in sys._xoptions or not folder().is_dir():
         return path
-    if str(folder()) not in sys.path:
-        sys.path.append(str(folder()))  # for the library that the modules share
-    return [str(folder().joinpath(*package.split("."))), *path]
+    # What is on sys.path is there in spawned processes, too, and before an editable install: so it holds the library that
+    # the modules share, and nothing named tandem.
+    library = str(folder() / "library")
+    if library not in sys.path:
+        sys.path.append(library)
+    return [str(folder().joinpath("modules", *package.split("."))), *path]
 
 
 def pickled_by_fields(cls: type[Any]) -> None:

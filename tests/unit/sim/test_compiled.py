@@ -39,6 +39,20 @@ def test_machine_code_decides_the_same() -> None:
     assert json.JSONDecoder().raw_decode(figures)[0]
 
 
+SPAWN = """
+import subprocess
+import sys
+import tandem.core
+child = f"import sys; sys.path[:] = {sys.path}; from tandem.core import placement, profiles; print(placement.__file__)"
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+
+
+def test_spawned_processes_find_the_same_modules(tmp_path: Path) -> None:
+    """Such as an engine's: they begin with their parent's sys.path, which comes before an editable install."""
+    subprocess.run([sys.executable, "-c", SPAWN], cwd=tmp_path, timeout=60, check=True)
+
+
 def test_an_edited_source_runs_as_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = tmp_path / "tandem"
     (sources / "core").mkdir(parents=True)
@@ -50,7 +64,10 @@ def test_an_edited_source_runs_as_python(tmp_path: Path, monkeypatch: pytest.Mon
     try:
         made = compiled.folder()
         made.mkdir(parents=True)
-        assert compiled.with_compiled("tandem.core", ["sources"]) == [str(made / "tandem" / "core"), "sources"]
+        assert compiled.with_compiled("tandem.core", ["sources"]) == [
+            str(made / "modules" / "tandem" / "core"),
+            "sources",
+        ]
         source.write_text("LIMIT = 2")
         compiled.folder.cache_clear()
         assert compiled.with_compiled("tandem.core", ["sources"]) == ["sources"]
