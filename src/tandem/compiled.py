@@ -65,8 +65,8 @@ def with_compiled(package: str, path: Iterable[str]) -> list[str]:
     path = list(path)
     if not STORE.is_dir() or "tandem-interpreted" in sys._xoptions or not folder().is_dir():
         return path
-    # What is on sys.path is there in spawned processes, too, and before an editable install: so it holds the library that
-    # the modules share, and nothing named tandem.
+    # What is on sys.path is there in spawned processes, too, and comes before an editable install: so it holds the
+    # library that the modules share, and nothing named tandem.
     library = str(folder() / "library")
     if library not in sys.path:
         sys.path.append(library)
