@@ -37,6 +37,9 @@ from tandem.models.prepare import resolve_model
 
 MODEL = "SmolLM2-135M-Instruct"
 STREAMS, LONG_TOKENS, LONG_OSL = 4, 4000, 8
+BARE_ENV = {
+    "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"
+}  # fmt: skip
 TCP, SHARED = "tcp,self", "posix,cma,self,tcp"
 
 
@@ -136,12 +139,12 @@ async def alone(url: str, vocabulary: list[str], requests: int = 8) -> dict[str,
 
 
 def bare(vocabulary: list[str], requests: int = 8) -> dict[str, Any]:
-    """vLLM by itself, in a process of its own: the same options, no frontend, router, bus or worker."""
+    """vLLM by itself, in a process of its own: what Tandem sets on a CPU, no frontend, router, bus or worker."""
     words_file = json.dumps(vocabulary[:2000])
     done = subprocess.run(
         [sys.executable, "-m", "bench.bench_engine", "--bare", str(requests)],
         input=words_file, capture_output=True, text=True, check=False, timeout=400,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | BARE_ENV,
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
@@ -158,7 +161,13 @@ async def _bare(requests: int) -> None:
     folder = str(resolve_model(MODEL))
     engine = AsyncLLM.from_engine_args(
         AsyncEngineArgs(
-            model=folder, max_model_len=8192, dtype="bfloat16", kv_cache_memory_bytes=512 << 20, block_size=32
+            model=folder,
+            max_model_len=8192,
+            dtype="bfloat16",
+            kv_cache_memory_bytes=512 << 20,
+            block_size=32,
+            max_num_batched_tokens=256,
+            enforce_eager=True,
         )
     )
     sampling = SamplingParams(max_tokens=48, min_tokens=48, ignore_eos=True)

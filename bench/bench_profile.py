@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import log
 from pathlib import Path
@@ -27,11 +27,12 @@ from statistics import median
 import grpc
 
 from tandem.cli import deployments
+from tandem.core.types import Plan, RequestKey
 from tandem.sim.metrics import SLOS, Job, percentile
 from tandem.sim.study import Setup, simulate
 from tandem.sim.workload import Offered, Workload
 from tandem.v1 import inference_pb2, inference_pb2_grpc
-from tandem.wire import profile_file
+from tandem.wire import profile_file, record
 from tests.harness.client import workers
 from tests.harness.cluster import Cluster, wait_for
 
@@ -48,6 +49,17 @@ class Seen:
     ttft_s: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
     wrong: str = ""
+    journey: Journey | None = None
+
+
+@dataclass
+class Journey:
+    """What the router knew of one request, by its record. Seconds after it came."""
+
+    came_s: float
+    place: str = ""
+    placed_s: float = 0.0
+    decoding_s: float = 0.0
 
 
 def fit(profile: Path) -> None:
@@ -118,15 +130,40 @@ def real(args: argparse.Namespace, profile: Path, all_seen: Sequence[Seen]) -> N
     rng = random.Random(args.seed + 1)
     warm_up = [Seen(Offered(0.0, n, 8), rng.choices(TOKENS, k=n)) for n in (40, 400, 900, 100, 600)]
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
-        cluster = Cluster(wanted.model_dump(mode="json", exclude_defaults=True), Path(folder))
+        recorded = {"record": {"folder": str(Path(folder, "record"))}}
+        cluster = Cluster(wanted.model_dump(mode="json", exclude_defaults=True) | recorded, Path(folder))
         with cluster.start(START_S):
             [router] = cluster.state()["routers"]
             wait_for(lambda: len(workers(router)) == len(pools), START_S, "the router to know both workers")
             asyncio.run(load(cluster.grpc, model.name, all_seen, warm_up))
         log = cluster.log()
+        [recording] = Path(folder, "record").iterdir()
+        for seen, journey in zip(all_seen, list(journeys(recording))[len(warm_up) :], strict=True):
+            seen.journey = journey
     wrong = [seen.wrong for seen in (*warm_up, *all_seen) if seen.wrong]
     if wrong:
         sys.exit(f"{log[-3000:]}\n{len(wrong)} requests failed: {wrong[0]}")
+
+
+def place(plan: Plan | None) -> str:
+    return "" if plan is None else f"{plan.prefill_worker or 'itself'} > {plan.decode_worker}"
+
+
+def journeys(recording: Path) -> Iterator[Journey]:
+    """Of the first attempts, in the order in which they came."""
+    known: dict[RequestKey, Journey] = {}
+    for line in record.read(recording):
+        match line:
+            case record.Submitted(request=request):
+                known.setdefault(request.key, Journey(line.at))
+            case record.Polled(decisions=decisions):
+                for decision in decisions:
+                    if decision.kind == "place":
+                        one = known[decision.key]
+                        one.place, one.placed_s = place(decision.plan), line.at - one.came_s
+            case record.DecodeStarted(key=key):
+                known[key].decoding_s = line.at - known[key].came_s
+    yield from known.values()
 
 
 def simulated(args: argparse.Namespace, profile: Path, all_seen: Sequence[Seen]) -> tuple[list[Job], float]:
@@ -164,10 +201,12 @@ def compare(args: argparse.Namespace, all_seen: Sequence[Seen], jobs: Sequence[J
     print(f"TTFT of each request, simulated over real: median {each:.2f}")
     if args.each:
         for seen, job in zip(all_seen, jobs, strict=True):
-            where = job.plan.prefill_worker if job.plan else None
+            went = seen.journey or Journey(0.0)
             print(
-                f"  at {seen.offered.arrival_s:6.1f} s, {seen.offered.isl_tokens:5} tokens: {1e3 * seen.ttft_s:7.0f} "
-                f"ms, simulated {1e3 * (job.ttft_s or 0.0):7.0f} ({where or 'by itself'})"
+                f"  at {seen.offered.arrival_s:6.1f} s, {seen.offered.isl_tokens:5} tokens: "
+                f"{1e3 * seen.ttft_s:7.0f} ms, {went.place} after {1e3 * went.placed_s:.0f}, "
+                f"prompt done after {1e3 * went.decoding_s:.0f}; "
+                f"simulated {1e3 * (job.ttft_s or 0.0):7.0f}, {place(job.plan)}"
             )
     off = [abs(found / was - 1.0) for name, was, found in rows if name in ("TTFT, median", "ITL, median")]
     good = max(off) <= args.within
@@ -179,7 +218,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--profile", metavar="FILE", help="of `tandem profile`; without it one is fitted now")
-    add("--requests", type=int, default=40, metavar="N")
+    add("--requests", type=int, default=80, metavar="N")
     add("--rate", type=float, default=0.5, metavar="R", help="mean requests/s")
     add("--median", type=int, default=320, metavar="N", help="prompt tokens in the middle")
     add("--longest", type=int, default=2048, metavar="N")
