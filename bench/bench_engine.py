@@ -34,12 +34,15 @@ import yaml
 from bench.serve.load import chat, words
 from tandem.adapters.embedded import free_port
 from tandem.models.prepare import resolve_model
+from tandem.telemetry import metric_table as table
 
 MODEL = "SmolLM2-135M-Instruct"
 STREAMS, LONG_TOKENS, LONG_OSL = 4, 4000, 8
 BARE_ENV = {
     "OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"
 }  # fmt: skip
+#: What the model's chat template puts before the user's message.
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 TCP, SHARED = "tcp,self", "posix,cma,self,tcp"
 
 
@@ -175,7 +178,7 @@ async def _bare(requests: int) -> None:
     firsts, gaps = [], []
     for number in range(requests + 1):
         text = " ".join(rng.choices(vocabulary, k=98))
-        prompt = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = f"{SYSTEM}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
         began = last = time.perf_counter()
         count = 0
         async for _ in engine.generate(prompt, sampling, uuid.uuid4().hex):
@@ -196,18 +199,19 @@ async def transfers(url: str, vocabulary: list[str], prompts: int = 8) -> None:
 
 
 def rate_of(folder: Path) -> dict[str, float]:
-    """From the workers' counters of bytes and seconds."""
-    totals: dict[str, float] = {}
+    """From the decode workers' counters."""
+    seconds_name = table.KV_SECONDS.name
+    totals = dict.fromkeys((table.KV_BYTES.name, f"{seconds_name}_sum", f"{seconds_name}_count"), 0.0)
     for state in folder.glob("*/tandem/*/state.json"):
         for process in json.loads(state.read_bytes())["processes"]:
             if process["kind"] != "decode" or not process.get("metrics"):
                 continue
             for line in httpx.get(f"http://{process['metrics']}/metrics").text.splitlines():
                 name, _, value = line.rpartition(" ")
-                if "transfer" in name and not line.startswith("#"):
-                    key = name.partition("{")[0]
-                    totals[key] = totals.get(key, 0.0) + float(value)
-    return totals
+                if name.partition("{")[0] in totals:
+                    totals[name.partition("{")[0]] += float(value)
+    sent, seconds, count = totals.values()
+    return {"transfers": count, "megabytes": sent / 1e6, "megabytes_per_s": sent / 1e6 / seconds if seconds else 0.0}
 
 
 def _summary(values: list[float]) -> dict[str, float]:

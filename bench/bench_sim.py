@@ -9,7 +9,8 @@ who does not hold 3 % above the best so far is out after one run. Ours runs with
 
 Sections (``--section``, again for several): ``goals``; ``peer``, Dynamo's cost function on its own published workload;
 ``mixed``, half of the fleet A100s; ``handicaps``, the same race with news that are late and a model that is wrong;
-``oracle``, ours against ours that knows output lengths; ``less``, ours less each ingredient, at a fixed rate.
+``oracle``, ours against ours that knows output lengths; ``bound``, ours against a clairvoyant fluid fleet, which no
+scheduler can pass, and where ours spends its workers' time; ``less``, ours less each ingredient, at a fixed rate.
 Each run's outcome is kept in build/bench-sim by policy, fleet, workload, seed and the source that decides it.
 """
 
@@ -28,8 +29,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, RUSAGE_SELF, getrusage
 
+from bench.fluid_bound import budget, fluid_bound
 from tandem.adapters.clock import monotonic
 from tandem.sim import traces
+from tandem.sim.fleet import hardware_named
 from tandem.sim.metrics import attainment
 from tandem.sim.report import figures
 from tandem.sim.simulation import Timing
@@ -42,7 +45,7 @@ KEPT = ROOT / "build" / "bench-sim"
 #: What decides a run's outcome.
 SOURCE = ("src/tandem/core", "src/tandem/enginemodel", "src/tandem/sim")
 SLOS = ("medium", "tight")
-SECTIONS = ("goals", "peer", "mixed", "handicaps", "oracle", "less")
+SECTIONS = ("goals", "peer", "mixed", "handicaps", "oracle", "bound", "less")
 #: Made from the seed, and how many requests: at tens of them per second fewer would not last long enough.
 SYNTHETIC = {"multi-turn": 8000, "smooth-chat": 6000}
 SCREEN_REQUESTS, SEEDS, WORKERS = 2000, 5, 8
@@ -289,6 +292,21 @@ def peer() -> None:
         print(f"{policy:<14} {hits:<28} {ttft:<24}", flush=True)
 
 
+def bound(names: Sequence[str], slos: Sequence[str], bench: Bench) -> None:
+    """With the requests of a quick run: the linear program grows with them."""
+    print("\nours against what no scheduler can pass (bench/fluid_bound.py), and where its worker seconds go")
+    for name in names:
+        for slo in slos:
+            setup = ours_for(name, slo, bench)
+            kind = hardware_named(bench.hardware)
+            rate = tw_goodput(setup, bench.start, tried=holds)
+            limit = fluid_bound(setup.workload, kind, WORKERS, setup.slo, rate or 1.0)
+            spent = budget(simulate(replace(setup, workload=setup.workload.at_rate(rate or 1.0))), kind, setup.slo)
+            print(
+                f"{Path(name).stem:<24} {slo:<7} {rate:6.2f} of {limit:6.2f}, {rate / limit:.2f}; {spent}", flush=True
+            )
+
+
 def less(names: Sequence[str], slos: Sequence[str], bench: Bench) -> None:
     """At the goodput of ours: what attains less there, needs its ingredient."""
     print("\nours less each ingredient, at the rate that ours holds: attainment by requests / by tokens")
@@ -332,8 +350,8 @@ def main() -> int:
     for section in args.section or ("goals", "peer"):
         if section == "peer":
             peer()
-        elif section == "less":
-            less(names, args.slo or SLOS, bench)
+        elif section in ("bound", "less"):
+            (bound if section == "bound" else less)(names, args.slo or SLOS, bench)
         else:
             run_section(section, names, args.slo or SLOS, bench, args.jobs)
     cpu_s = sum(u.ru_utime + u.ru_stime for u in map(getrusage, (RUSAGE_SELF, RUSAGE_CHILDREN)))

@@ -24,6 +24,7 @@ from scipy.sparse import coo_array, vstack
 from tandem.enginemodel.profile import context_sum
 from tandem.sim.fleet import Hardware
 from tandem.sim.metrics import LEAST_OF_QUARTILE, LEAST_SHARE, Slo
+from tandem.sim.simulation import Outcome
 from tandem.sim.workload import Offered, Workload
 
 #: Bins per second: coarser ones only loosen the bound.
@@ -42,7 +43,40 @@ class Work:
     decode_due_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Where a fleet's worker seconds went in a simulated run, as shares of all of them."""
+
+    prompts: float  # prompt tokens that no earlier prompt had
+    recomputed: float  # prompt tokens that some earlier prompt had, on a worker that did not, or no longer
+    decodes: float  # output tokens, by the same least price as in the bound
+    rest_of_steps: float  # what steps cost beside their tokens: weights read for few sequences, prompts in small chunks
+    idle: float
+
+    def __str__(self) -> str:
+        named = (
+            ("new prompt tokens", self.prompts), ("recomputed ones", self.recomputed), ("output tokens", self.decodes),
+            ("the rest of their steps", self.rest_of_steps), ("idle", self.idle),
+        )  # fmt: skip
+        return ", ".join(f"{name} {share:.0%}" for name, share in named)
+
+
+def budget(outcome: Outcome, hardware: Hardware, slo: Slo) -> Budget:
+    least = work_of(outcome.workload, hardware, slo)
+    prompts_s = recomputed_s = decodes_s = 0.0
+    for job, one in zip(outcome.jobs, least, strict=True):
+        if job.first_token_s is not None:
+            prompts_s += one.prefill_s
+            recomputed_s += max(0.0, prefill_s(job.offered, job.cached_tokens, hardware) - one.prefill_s)
+            decodes_s += one.decode_s
+    busy_s = sum(worker.activity.busy_s for worker in outcome.workers)
+    all_s = outcome.end_s * len(outcome.workers)
+    parts = (prompts_s, recomputed_s, decodes_s, busy_s - prompts_s - recomputed_s - decodes_s, all_s - busy_s)
+    return Budget(*(part / all_s for part in parts))
+
+
 def work_of(workload: Workload, hardware: Hardware, slo: Slo) -> list[Work]:
+    """With every prefix cached that an earlier prompt had."""
     seen: set[int] = set()
     found = []
     for request in workload.requests:
@@ -56,10 +90,14 @@ def work_of(workload: Workload, hardware: Hardware, slo: Slo) -> list[Work]:
     return found
 
 
+def prefill_s(request: Offered, cached: int, hardware: Hardware) -> float:
+    """Of its tokens alone."""
+    fresh = request.isl_tokens - cached
+    return hardware.profile.p1 * fresh + hardware.profile.p2 * context_sum(cached, fresh)
+
+
 def _work(request: Offered, cached: int, hardware: Hardware, slo: Slo) -> Work:
     profile = hardware.profile
-    fresh = request.isl_tokens - cached
-    prefill_s = profile.p1 * fresh + profile.p2 * context_sum(cached, fresh)
     context = request.isl_tokens + request.osl_tokens / 2
     # A token decoded in a step of its kind has a share in what the step costs of itself: no smaller than in the largest
     # batch that keeps the pace, or that there is room for. Beside a prompt the step is paid for already.
@@ -70,7 +108,7 @@ def _work(request: Offered, cached: int, hardware: Hardware, slo: Slo) -> Work:
     token_s = min(alone_s, profile.p1 + profile.p3 * context)
     due_s = slo.ttft_for(request.isl_tokens)
     more = request.osl_tokens - 1  # the first comes with the prompt
-    return Work(prefill_s, due_s, more * token_s, due_s + more * slo.tpot_s)
+    return Work(prefill_s(request, cached, hardware), due_s, more * token_s, due_s + more * slo.tpot_s)
 
 
 def feasible(workload: Workload, work: list[Work], workers: int) -> bool:
