@@ -78,7 +78,7 @@ docs: setup-dev  ## generate the reference pages in docs/ and the dashboards in 
 	@$(PY) deploy/observability/dashboards.py
 
 bench-sim: setup-dev  ## simulated goodput of ours against static fleets; QUICK=1, TRACES="FILE ..."
-	@$(PY) bench/bench_sim.py $(if $(QUICK),--quick) $(addprefix --trace ,$(TRACES)) $(ARGS)
+	@$(PY) -m bench.bench_sim $(if $(QUICK),--quick) $(addprefix --trace ,$(TRACES)) $(ARGS)
 
 bench-tracing: setup-dev  ## CPU per request with tracing off, at 1 % and at 100 %
 	@$(PY) -m bench.bench_tracing $(ARGS)

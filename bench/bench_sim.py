@@ -1,7 +1,7 @@
 """TW goodput of our policy against the best static alternative, per workload and SLO. Everything is simulated.
 
-    python bench/bench_sim.py --quick [--trace FILE ...]     one seed, the first requests of each workload
-    python bench/bench_sim.py [--trace FILE ...]             the best two and ours with five seeds, all requests
+    python -m bench.bench_sim --quick [--trace FILE ...]     one seed, the first requests of each workload
+    python -m bench.bench_sim [--trace FILE ...]             the best two and ours with five seeds, all requests
 
 Static alternatives: every split of the fleet under Dynamo's cost, with and without its conditional thresholds, and the
 aggregated fleet with four chunk sizes under Dynamo's cost, least-loaded and round-robin. They are raced with one seed:

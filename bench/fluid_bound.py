@@ -187,6 +187,8 @@ def fluid_bound(workload: Workload, hardware: Hardware, workers: int, slo: Slo, 
     low, high = 0.0, start
     while feasible(workload.at_rate(high), work, workers):
         low, high = high, high * 1.25
+        if low > len(workload.requests):
+            return low  # all within a second: it is no load that could fail
     if not low:
         return 0.0
     while high / low > PRECISION:

@@ -31,7 +31,7 @@ def test_it_is_the_capacity_where_only_that_counts(workers: int) -> None:
 
 
 def test_what_takes_too_long_by_itself_is_nobodys() -> None:
-    assert fluid_bound(prompts(20, 300_000), HARDWARE, 8, MEDIUM, 0.01) == 0.0
+    assert fluid_bound(prompts(20, 300_000), HARDWARE, 8, slo_named("tight"), 0.01) == 0.0
 
 
 def test_a_prefix_is_computed_once() -> None:
