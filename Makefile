@@ -89,6 +89,9 @@ bench-console: setup-dev  ## script per frame of the console's map while 500 wor
 bench-serve: setup-dev  ## cost of serving, beside a peer whose KIT=FOLDER is given; QUICK=1
 	@$(PY) -m bench.serve $(if $(KIT),--kit $(KIT)) $(if $(QUICK),--quick) $(ARGS)
 
+bench-router: setup-dev  ## placements a second that one router process sustains, with real NATS and Redis
+	@$(PY) -m bench.bench_router $(ARGS)
+
 bench-engine: setup-dev  ## real vLLM: disaggregated against aggregated, overhead over a bare engine, KV transfer
 	@$(PY) -m bench.bench_engine $(ARGS)
 
