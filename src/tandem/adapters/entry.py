@@ -5,12 +5,13 @@ Exit status: 0 after an orderly end, 2 for a user's mistake (ConfigError, Incomp
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+import uvloop
 
 from tandem.adapters import settings as settings_module
 from tandem.adapters.settings import CommonSettings
@@ -29,7 +30,7 @@ def run_service(cls: type[S], main: Callable[[S], Coroutine[Any, Any, None]]) ->
             stream=sys.stderr,
         )
         _collect_rarely()
-        asyncio.run(main(settings))
+        uvloop.run(main(settings))
     except TandemError as error:
         _fail(error)
     except ExceptionGroup as group:

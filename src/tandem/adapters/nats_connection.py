@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 from tandem.adapters import nats_protocol as protocol
 from tandem.errors import BusUnavailable
@@ -38,8 +38,7 @@ class Connection(asyncio.Protocol):
         self._last_error = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.use(transport)
+        self.use(cast("asyncio.Transport", transport))
 
     def use(self, transport: asyncio.Transport) -> None:
         """``transport`` from now on: TLS replaces it."""

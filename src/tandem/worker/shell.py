@@ -130,7 +130,7 @@ class Worker:
         self.table = RequestTable(retention_s=settings.retention_s)
         self.handoffs = OpenHandoffs(engine, lease_s=lease_s)
         self.peers = Peers(timeout_s=settings.hop_timeout_s, now=now)
-        self.outbox = Outbox(bus, cluster, announcer.spec.model, address, loop.call_soon)
+        self.outbox = Outbox(bus, cluster, announcer.spec.model, address, loop)
         self._tasks: asyncio.TaskGroup | None = None
         self._leaving = asyncio.Event()
         self._leave_by = math.inf

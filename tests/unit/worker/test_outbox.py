@@ -13,7 +13,7 @@ from tandem.core.types import WorkerAddress
 from tandem.errors import BusUnavailable, PayloadTooLarge
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import subjects
-from tandem.worker.outbox import Outbox
+from tandem.worker.outbox import LINGER_S, Outbox
 
 
 class FullBus:
@@ -46,14 +46,27 @@ class FullBus:
     async def close(self) -> None: ...
 
 
+class Timer:
+    def __init__(self, delay: float, call: Callable[[], object]) -> None:
+        self.delay, self.call, self.cancelled = delay, call, False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
 class Turn:
-    """``loop.call_soon``, by hand."""
+    """An event loop, by hand."""
 
     def __init__(self) -> None:
-        self.due: list[Callable[[], None]] = []
+        self.due: list[Callable[[], object]] = []
+        self.timers: list[Timer] = []
 
-    def soon(self, call: Callable[[], None]) -> None:
-        self.due.append(call)
+    def call_soon(self, callback: Callable[[], object], /) -> None:
+        self.due.append(callback)
+
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> Timer:
+        self.timers.append(Timer(delay, callback))
+        return self.timers[-1]
 
     def end(self) -> None:
         due, self.due = self.due, []
@@ -62,7 +75,7 @@ class Turn:
 
 
 def outbox(bus: FullBus, turn: Turn) -> Outbox:
-    return Outbox(bus, "c", "m", WorkerAddress("w", 7, "host:1"), turn.soon)
+    return Outbox(bus, "c", "m", WorkerAddress("w", 7, "host:1"), turn)
 
 
 def frames(bus: FullBus, frontend: str) -> list[bus_pb2.TokenFrame]:
@@ -93,6 +106,32 @@ def test_a_turn_is_one_frame_for_each_frontend_and_one_batch_of_events() -> None
     assert (list(b.rids), list(token_ids(b.tokens)), b.rejects[0].error.code) == ([1], [20], "refused")
     events = bus_pb2.LifecycleEvents.FromString(bus.sent[-1][1])
     assert [e.phase for e in events.events] == [bus_pb2.PHASE_ACCEPTED, bus_pb2.PHASE_DECODING]
+
+
+def test_that_a_request_was_taken_goes_along_with_its_first_token() -> None:
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    for rid in (1, 2):
+        box.placed("a", rid, bus_pb2.LEG_LOCAL)
+        box.event(bus_pb2.LifecycleEvent(phase=bus_pb2.PHASE_ACCEPTED))
+    (timer,) = turn.timers
+    assert not turn.due and timer.delay == LINGER_S
+    box.tokens("a", 1, 0, [10])
+    turn.end()
+    assert timer.cancelled and len(bus.sent) == 2  # one frame, one batch of events
+    (frame,) = frames(bus, "a")
+    assert [p.rid for p in frame.placed] == [1, 2]
+
+
+def test_that_a_request_was_taken_is_said_soon_in_any_case() -> None:
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    for rid in (1, 2):
+        box.placed("a", rid, bus_pb2.LEG_LOCAL)
+        timer = turn.timers[-1]
+        timer.call()
+        assert [p.rid for p in frames(bus, "a")[-1].placed] == [rid]
+    assert len(bus.sent) == 2 and not turn.due
 
 
 def test_a_frame_that_nobody_takes_comes_back_by_the_frontend_s_name() -> None:
