@@ -14,9 +14,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import prometheus_client
+from msgspec.structs import replace
 
 from services.frontend.cluster import Cluster
 from services.frontend.generation import Generation, GenerationRequest, Generations

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from services.frontend.order import Outcome, Positions
 from tandem.core.types import WorkerAddress
@@ -13,15 +14,13 @@ if TYPE_CHECKING:
     from services.frontend.journey import Journey
 
 
-@dataclass(slots=True)
-class Submit:
+class Submit(Struct):
     """Publish the journey's current attempt to ``journey.leader``."""
 
     journey: Journey
 
 
-@dataclass(slots=True)
-class AskAgain:
+class AskAgain(Struct):
     """Ask the holder for the tokens from ``from_seq`` on: Repair."""
 
     journey: Journey
@@ -29,34 +28,29 @@ class AskAgain:
     from_seq: int
 
 
-@dataclass(slots=True)
-class Abandon:
+class Abandon(Struct):
     """Every attempt up to this one ends: Abort."""
 
     journey: Journey
     max_attempt: int
 
 
-@dataclass(slots=True)
-class Opened:
+class Opened(Struct):
     journey: Journey
 
 
-@dataclass(slots=True)
-class Deliver:
+class Deliver(Struct):
     journey: Journey
     tokens: Sequence[int]
     positions: Positions | None = None
     prompt_positions: Positions | None = None
 
 
-@dataclass(slots=True)
-class Restarted:
+class Restarted(Struct):
     journey: Journey
 
 
-@dataclass(slots=True)
-class Ended:
+class Ended(Struct):
     journey: Journey
     outcome: Outcome
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
 
 from services.frontend.cluster import Cluster
 from services.frontend.detokenizer import detokenizer
@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 MAX_QUEUED_TOKENS = 8_192
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationRequest:
+class GenerationRequest(Struct, frozen=True, kw_only=True):
     """Protocol-neutral. ``prompts`` are token ids; each is answered ``n`` times, as choices 0, 1, 2, ..."""
 
     id: str
@@ -69,8 +68,7 @@ class GenerationRequest:
         return ends if self.sampling.ignore_eos else ends | self.model.eos_ids
 
 
-@dataclass(slots=True)
-class Usage:
+class Usage(Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -85,7 +83,7 @@ class Progress(NamedTuple):
     resubmissions: int
 
 
-class Delta(msgspec.Struct):  # a quarter of a dataclass's time to make
+class Delta(Struct):  # a quarter of a dataclass's time to make
     """News of one choice: what a token or a run of plain tokens says (may be nothing), or the end."""
 
     choice: int

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from services.frontend.generation import GenerationRequest
 from services.frontend.options import Options
@@ -18,8 +19,7 @@ from tandem.core.types import SamplingParams, StructuredOutput
 from tandem.errors import ContextLengthExceeded, InvalidRequest, UnknownModel
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
+class Caller(Struct, frozen=True, kw_only=True):
     """Who asks, and what came along with the request."""
 
     tenant: Tenant

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from services.frontend.generation import Delta, GenerationRequest, Usage
 from services.frontend.intake import Caller, Intake
@@ -42,8 +43,7 @@ class AnswerForm(Protocol):
     def whole(self, deltas: Sequence[Delta], usage: Usage) -> bytes: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(Struct, frozen=True):
     """What to run, and how to say what comes of it."""
 
     request: GenerationRequest

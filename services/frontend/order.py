@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from tandem import errors
 from tandem.core.types import FinishReason, SamplingParams
 from tandem.telemetry import spans
@@ -30,8 +32,7 @@ class Patience:
     max_failures: int = 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class Order(Struct, frozen=True, kw_only=True):
     """What the consumer asks for. ``deadline_s`` and ``arrival_s`` are times of this process's clock."""
 
     id: str
@@ -62,8 +63,7 @@ class Order:
         return len(self.prompt) // 4
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """How it ended: ``error`` is set, or ``reason`` is STOP or LENGTH."""
 
     reason: FinishReason

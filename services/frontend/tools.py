@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from services.frontend.parsers.forced import Named, Required
 from services.frontend.parsers.output import NewParser
@@ -41,8 +40,7 @@ class NamedChoice(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", 
 ToolChoice = Literal["none", "auto", "required"] | NamedChoice
 
 
-@dataclass(frozen=True, slots=True)
-class ToolUse:
+class ToolUse(Struct, frozen=True):
     """``offered``: as the chat template takes them. ``forced``: the answer is calls, and nothing else."""
 
     offered: list[dict[str, Any]] | None = None

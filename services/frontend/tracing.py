@@ -7,7 +7,8 @@ request costs while it runs is two random numbers and the text of ``traceparent`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from services.frontend.generation import Generation, GenerationRequest, Progress
 from services.frontend.journey import Journey
@@ -22,8 +23,7 @@ EMBEDDINGS = "embeddings"
 FAILED, SLOW = "failed", "slow"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Ending:
+class _Ending(Struct, frozen=True, kw_only=True):
     """What there is to say of a request that is over."""
 
     id: str

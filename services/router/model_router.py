@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import grpc
+from msgspec import Struct
 
 from services.router.config import RouterSettings
 from services.router.doubts import Doubts
@@ -52,8 +53,7 @@ NOT_NOW_S = 0.25
 REPAIR_S = 1.0
 
 
-@dataclass(slots=True)
-class _Submitted:
+class _Submitted(Struct):
     """What is needed to deliver a request, or to tell its frontend that it was not."""
 
     raw: bytes  # until it is placed: prompts are large

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from msgspec import structs
 
 from tandem.core.types import FinishReason, SamplingParams, StructuredOutput
 from tandem.engine.factory import make_engine
@@ -157,6 +158,10 @@ GREEDY = SamplingParams(max_tokens=10, temperature=0.0, ignore_eos=True)
 _ids = iter(range(1_000_000))
 
 
+def greedy(**changes: Any) -> SamplingParams:
+    return structs.replace(GREEDY, **changes)
+
+
 def submit(
     engine: Engine, prompt: Sequence[int], sampling: SamplingParams = GREEDY, **more: Any
 ) -> tuple[str, Collected]:
@@ -239,7 +244,7 @@ async def test_many_at_once_say_what_each_says_alone(pair: Pair) -> None:
 async def test_abort(pair: Pair) -> None:
     engine = pair.p.engine
     for wait_for_token in (False, True):
-        request_id, sink = submit(engine, pair.prompt(200), replace(GREEDY, max_tokens=1500))
+        request_id, sink = submit(engine, pair.prompt(200), greedy(max_tokens=1500))
         if wait_for_token:
             await until(lambda sink=sink: bool(sink.tokens), "first token")  # type: ignore[misc]
         engine.abort(request_id)
@@ -254,16 +259,16 @@ async def test_abort(pair: Pair) -> None:
 async def test_what_cannot_run_is_refused_and_the_engine_lives(pair: Pair) -> None:
     engine = pair.d.engine
     assert isinstance(await refused(engine, range(1, MAX_LEN + 1)), ContextLengthExceeded)
-    request_id, sink = submit(engine, pair.prompt(50), replace(GREEDY, max_tokens=1000))
+    request_id, sink = submit(engine, pair.prompt(50), greedy(max_tokens=1000))
     twice = Collected()
     engine.submit(EngineRequest(request_id, pair.prompt(10), GREEDY), twice)
     assert isinstance((await twice.end()).error, InternalError)
     engine.abort(request_id)
     await sink.end()
     if pair.kind == "vllm":
-        assert isinstance(await refused(engine, pair.prompt(5), replace(GREEDY, top_p=7.0)), InvalidRequest)
+        assert isinstance(await refused(engine, pair.prompt(5), greedy(top_p=7.0)), InvalidRequest)
         bad = StructuredOutput(json_schema="{nonsense")
-        assert isinstance(await refused(engine, pair.prompt(5), replace(GREEDY, structured_output=bad)), InvalidRequest)
+        assert isinstance(await refused(engine, pair.prompt(5), greedy(structured_output=bad)), InvalidRequest)
         assert isinstance(await refused(engine, pair.prompt(5), lora="nobody"), InvalidRequest)
     assert len((await run(engine, pair.prompt(10))).tokens) == 10
 
@@ -272,10 +277,10 @@ async def test_stopping(pair: Pair) -> None:
     prompt = pair.prompt(40)
     free = (await run(pair.p.engine, prompt)).tokens
     at = next(i for i in range(2, 10) if free[i] not in free[:i])
-    stopped = await run(pair.p.engine, prompt, replace(GREEDY, stop_token_ids=(free[at],)))
+    stopped = await run(pair.p.engine, prompt, greedy(stop_token_ids=(free[at],)))
     assert stopped.tokens == free[: at + 1]
     assert stopped.outputs[-1].finish is FinishReason.STOP and stopped.outputs[-1].stop_token_id == free[at]
-    later = await run(pair.p.engine, prompt, replace(GREEDY, stop_token_ids=(free[at],), min_tokens=at + 2))
+    later = await run(pair.p.engine, prompt, greedy(stop_token_ids=(free[at],), min_tokens=at + 2))
     assert len(later.tokens) >= at + 2
 
 
@@ -293,7 +298,7 @@ async def test_seed_and_salt(pair: Pair) -> None:
 
 async def test_logprobs(pair: Pair) -> None:
     prompt = pair.prompt(20)
-    done = await run(pair.p.engine, prompt, replace(GREEDY, max_tokens=3, logprobs=4, prompt_logprobs=2))
+    done = await run(pair.p.engine, prompt, greedy(max_tokens=3, logprobs=4, prompt_logprobs=2))
     for output in done.outputs:
         if output.token_ids:
             assert output.logprobs is not None
@@ -308,14 +313,14 @@ async def test_logprobs(pair: Pair) -> None:
 async def test_sampling_that_only_a_real_engine_has(pair: Pair) -> None:
     pair.vllm_only()
     engine, prompt = pair.p.engine, pair.prompt(30)
-    forced = await run(engine, prompt, replace(GREEDY, logit_bias=((777, 100.0),)))
+    forced = await run(engine, prompt, greedy(logit_bias=((777, 100.0),)))
     assert forced.tokens == [777] * 10
-    varied = await run(engine, prompt, replace(GREEDY, logit_bias=((777, 100.0),), presence_penalty=2.0, max_tokens=3))
+    varied = await run(engine, prompt, greedy(logit_bias=((777, 100.0),), presence_penalty=2.0, max_tokens=3))
     assert varied.tokens == [777] * 3  # a penalty of 2 does not outweigh 100, and is accepted
     narrow = await run(engine, prompt, SamplingParams(max_tokens=10, min_p=1.0, ignore_eos=True))
     assert narrow.tokens == (await run(engine, prompt)).tokens  # min_p 1 leaves the best token only
     wanted = StructuredOutput(regex="[0-7]{6}")
-    digits = await run(engine, prompt, replace(GREEDY, structured_output=wanted, ignore_eos=False))
+    digits = await run(engine, prompt, greedy(structured_output=wanted, ignore_eos=False))
     assert digits.outputs[-1].finish is FinishReason.STOP
     from tokenizers import Tokenizer
 
@@ -331,7 +336,7 @@ async def test_stats_and_timings(pair: Pair) -> None:
     engine.take_step_timings()
     steps = engine.stats().steps
     prompt = pair.prompt(700)
-    _, sink = submit(engine, prompt, replace(GREEDY, max_tokens=6))
+    _, sink = submit(engine, prompt, greedy(max_tokens=6))
     assert engine.stats().pending_prefill_tokens == 700 and engine.stats().waiting_requests == 1
     assert engine.stats().pending_prefill_context_tokens == 700 * 699 // 2
     await sink.end()
@@ -353,7 +358,7 @@ async def test_stats_and_timings(pair: Pair) -> None:
 @pytest.mark.parametrize("tokens", [1, 31, 32, 33, 64, 500, 1100])
 async def test_a_handoff_gives_the_tokens_of_a_local_run(pair: Pair, tokens: int) -> None:
     prompt = pair.prompt(tokens)
-    handoff = await handoff_of(pair.p.engine, prompt, replace(GREEDY, min_tokens=5, logprobs=2, prompt_logprobs=1))
+    handoff = await handoff_of(pair.p.engine, prompt, greedy(min_tokens=5, logprobs=2, prompt_logprobs=1))
     assert handoff.num_tokens == tokens and handoff.engine_id == pair.p.engine.info.engine_id
     assert pair.p.engine.stats().open_handoffs == 1
     assert pair.p.engine.stats().kv_blocks_used == -(-tokens // BLOCK)
@@ -453,7 +458,7 @@ async def test_a_cancelled_pull_leaves_nothing(pair: Pair) -> None:
     for i in range(12):
         prompt = pair.prompt(600)
         handoff = await handoff_of(pair.p.engine, prompt)
-        request_id, sink = submit(pair.d.engine, prompt, replace(GREEDY, max_tokens=1000), handoff=handoff)
+        request_id, sink = submit(pair.d.engine, prompt, greedy(max_tokens=1000), handoff=handoff)
         await asyncio.sleep(0.003 * i)
         pair.d.engine.abort(request_id)
         assert (await sink.end()).finish is FinishReason.ABORT
@@ -486,8 +491,7 @@ async def test_claims_and_the_leases_end(pair: Pair) -> None:
 
 async def test_urgent_requests_come_first(pair: Pair) -> None:
     sinks = [
-        submit(pair.d.engine, pair.prompt(1500), replace(GREEDY, max_tokens=1), priority=priority)[1]
-        for priority in (5, 5, -1)
+        submit(pair.d.engine, pair.prompt(1500), greedy(max_tokens=1), priority=priority)[1] for priority in (5, 5, -1)
     ]
     for sink in sinks:
         await sink.end()
@@ -556,8 +560,8 @@ async def test_kv_events_tell_the_cache(pair: Pair) -> None:
 
 async def test_the_cache_can_be_reset_under_a_running_request(pair: Pair) -> None:
     prompt = pair.prompt(100)
-    expected = (await run(pair.d.engine, prompt, replace(GREEDY, max_tokens=200))).tokens
-    _, sink = submit(pair.p.engine, prompt, replace(GREEDY, max_tokens=200))
+    expected = (await run(pair.d.engine, prompt, greedy(max_tokens=200))).tokens
+    _, sink = submit(pair.p.engine, prompt, greedy(max_tokens=200))
     await until(lambda: len(sink.tokens) > 3, "some tokens")
     await pair.p.engine.reset_prefix_cache()
     await sink.end()

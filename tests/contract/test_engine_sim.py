@@ -82,7 +82,7 @@ async def engines() -> AsyncIterator[Engines]:
 
 
 def request(request_id: str, prompt: Sequence[int] = PROMPT, **kw: object) -> EngineRequest:
-    sampling = {"max_tokens": 40} | {k: kw.pop(k) for k in list(kw) if k in SamplingParams.__dataclass_fields__}
+    sampling = {"max_tokens": 40} | {k: kw.pop(k) for k in list(kw) if k in SamplingParams.__struct_fields__}
     return EngineRequest(request_id, prompt, SamplingParams(**sampling), **kw)  # type: ignore[arg-type]
 
 

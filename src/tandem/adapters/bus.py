@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
+from msgspec import Struct
 
 from tandem.errors import InvalidRequest
 
@@ -23,8 +24,7 @@ log = logging.getLogger(__name__)
 QUIET_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(Struct, frozen=True):
     subject: str
     data: bytes
     reply: str = ""

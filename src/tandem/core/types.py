@@ -1,7 +1,8 @@
 """The vocabulary of the decision core: plain values, no behaviour beyond derived properties.
 
 Units are in the names: ``_s`` seconds, ``_tokens``, ``_blocks``, ``_bytes``. Times are ``now`` values of one
-monotonic clock that the caller owns.
+monotonic clock that the caller owns. What is made for every request, token or report is a Struct: frozen like a frozen
+dataclass, and made in a tenth of its time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
+
+from msgspec import Struct
 
 
 class Role(Enum):
@@ -48,8 +51,7 @@ class StructuredOutput:
     grammar: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(Struct, frozen=True):
     """How tokens are drawn. Stop *strings* are the frontend's business and are not here."""
 
     max_tokens: int
@@ -123,8 +125,7 @@ class WorkerSpec:
         return self.address.id
 
 
-@dataclass(frozen=True, slots=True)
-class StepTiming:
+class StepTiming(Struct, frozen=True):
     """One engine step by the worker's own clock; the food of the performance model."""
 
     duration_s: float
@@ -134,8 +135,7 @@ class StepTiming:
     kv_tokens: int  # KV tokens read by the decodes
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLoad:
+class WorkerLoad(Struct, frozen=True):
     """A load report as the scheduler sees it."""
 
     worker: str
@@ -153,8 +153,7 @@ class WorkerLoad:
     role: Role | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """What the scheduler needs to know of a request. The prompt itself it never sees."""
 
     key: RequestKey
@@ -176,8 +175,7 @@ class Request:
         return self.isl_tokens + min(1, self.max_osl_tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """Where the phases of a request run. ``prefill_worker`` None = the decode worker prefills by itself."""
 
     decode_worker: str

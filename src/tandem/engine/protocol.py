@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from msgspec import Struct
 from prometheus_client.registry import Collector
 
 from tandem.core.types import FinishReason, SamplingParams, StepTiming
@@ -45,8 +46,7 @@ class KvHandoff:
     params: bytes  # JSON, the connector's own
 
 
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
+class EngineRequest(Struct, frozen=True):
     request_id: str  # unique within the engine's life
     prompt: Sequence[int]
     sampling: SamplingParams
@@ -63,8 +63,7 @@ class EngineRequest:
     embed: bool = False  # the prompt's embedding is wanted; ``sampling`` means nothing
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOutput:
+class EngineOutput(Struct, frozen=True):
     """News about one request. ``token_ids`` are the new ones only."""
 
     token_ids: Sequence[int] = ()

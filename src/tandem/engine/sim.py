@@ -13,9 +13,10 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 
+from msgspec.structs import replace
 from prometheus_client.registry import Collector
 
 from tandem.core.types import FinishReason, StepTiming

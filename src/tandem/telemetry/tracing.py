@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from msgspec import Struct
+
 from tandem.telemetry.propagation import TraceContext, parse
 from tandem.telemetry.sampling import Sampler, SamplingPolicy
 
@@ -65,8 +67,7 @@ class Sink(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Trace:
+class Trace(Struct):
     """A request's place in its trace, as the frontend keeps it."""
 
     context: TraceContext

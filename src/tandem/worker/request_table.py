@@ -10,8 +10,9 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from tandem.core.types import RequestKey
 from tandem.v1 import bus_pb2
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from tandem.worker.tracing import Stay
 
 
-@dataclass(slots=True, eq=False)
-class Running:
+class Running(Struct, eq=False):
     """One request on this worker. Times are this process's monotonic clock."""
 
     key: RequestKey

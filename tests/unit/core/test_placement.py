@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from tandem.core.accounting import Booking, WorkerView
 from tandem.core.fleet import Fleet
@@ -46,7 +47,7 @@ def busy(worker: WorkerView, *, streams: int = 0, kv_each: int = 2000, prefill: 
 def inquiry(isl: int = 4000, cached: dict[str, int] | None = None, **changes: object) -> Inquiry:
     wanted = {k: changes.pop(k) for k in list(changes) if k in {"local_only", "max_osl_tokens", "lora"}}
     base = Inquiry(
-        request=replace(request("r", isl=isl), **wanted),  # type: ignore[arg-type]
+        request=structs.replace(request("r", isl=isl), **wanted),  # type: ignore[arg-type]
         cached=cached or {},
         targets=GOAL,
         waited_s=0.0,

@@ -12,6 +12,8 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from tandem.core.effects import Place, Recall, Refuse
 from tandem.core.placement import suffix_context
 from tandem.core.policy import Policy, RequestClass, Tenant
@@ -48,7 +50,7 @@ def spec(worker: str, role: Role, **changes: object) -> WorkerSpec:
 
 def request(name: str, *, isl: int = 2000, osl: int = 200, at: float = 0.0, **changes: object) -> Request:
     base = Request(RequestKey(name), "m", isl, osl, arrival_s=at, timeout_s=600.0)
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return structs.replace(base, **changes)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from tandem import errors
 from tandem.core.types import (
@@ -130,7 +131,8 @@ def test_every_field_of_a_type_is_on_the_wire() -> None:
         (WorkerLoad, bus_pb2.LoadReport, {"incarnation", "steps"}),
     ]
     for core, wire, renamed in pairs:
-        names = {f.name for f in dataclasses.fields(core)} - renamed
+        fields = dataclasses.fields(core) if dataclasses.is_dataclass(core) else structs.fields(core)
+        names = {f.name for f in fields} - renamed
         assert names <= {f.name for f in wire.DESCRIPTOR.fields}, core
 
 
