@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tandem.core.effects import Place
-from tandem.core.placement import TERMS, Candidate
+from tandem.core.placement import Candidate
 from tandem.core.reasons import reason_of
 from tandem.core.types import Request, RequestKey
 from tandem.errors import Cancelled, TandemError
@@ -108,8 +108,9 @@ def _of(request: Request) -> dict[str, Value]:
 
 def _explained(effect: Place, cached: Mapping[str, int]) -> dict[str, Value]:
     """The decision, and every term of the best candidates' costs, as columns."""
-    plan, chosen = effect.plan, dict(zip(TERMS, effect.candidate.row, strict=True))
+    plan, chosen = effect.plan, effect.candidate.terms
     candidates = effect.decision.candidates[:SHOWN]
+    terms = [candidate.terms for candidate in candidates]
     excluded = effect.decision.excluded[:SHOWN]
     found: dict[str, Value] = {
         spans.LEG: plan.leg.value,
@@ -130,8 +131,8 @@ def _explained(effect: Place, cached: Mapping[str, int]) -> dict[str, Value]:
     }
     if plan.prefill_worker is not None:
         found[spans.PREFILL_WORKER] = plan.prefill_worker
-    for column, term in enumerate(TERMS):
-        found[spans.CANDIDATE_TERMS[term]] = [c.row[column] for c in candidates]
+    for term, attribute in spans.CANDIDATE_TERMS.items():
+        found[attribute] = [values[term] for values in terms]
     if excluded:
         found[spans.EXCLUDED_WORKER] = [worker for worker, _ in excluded]
         found[spans.EXCLUDED_REASON] = [reason for _, reason in excluded]

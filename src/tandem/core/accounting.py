@@ -19,8 +19,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 from tandem.core.perf_model import PerfModel
 from tandem.core.types import RequestKey, StepTiming, WorkerLoad, WorkerSpec
@@ -29,21 +27,37 @@ from tandem.core.types import RequestKey, StepTiming, WorkerLoad, WorkerSpec
 _MAX_PROGRESS = 0.95
 
 
-@dataclass(slots=True)
 class Booking:
     """What one request takes on one worker."""
 
-    key: RequestKey
-    prefill_tokens: int  # still to compute here; 0 once done, or if this worker only decodes
-    prefill_context: float
-    prefill_s: float  # predicted for these tokens alone
-    kv_blocks: int
-    decodes: bool  # takes a place in the decode batch
-    kv_tokens: int  # read per decode step: the prompt
-    transfer_bytes: float = 0.0  # still to cross this worker's link
-    booked_s: float = 0.0
-    extra_s: float = 0.0  # of prefill_s, what it takes from the decodes beside it
-    decoding: bool = False  # its prompt is in this worker's KV
+    __slots__ = (
+        "booked_s", "decodes", "decoding", "extra_s", "key", "kv_blocks", "kv_tokens", "prefill_context", "prefill_s",
+        "prefill_tokens", "transfer_bytes",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        key: RequestKey,
+        prefill_tokens: int,
+        prefill_context: float,
+        prefill_s: float,
+        kv_blocks: int,
+        decodes: bool,
+        kv_tokens: int,
+        transfer_bytes: float = 0.0,
+        extra_s: float = 0.0,
+    ) -> None:
+        self.key = key
+        self.prefill_tokens = prefill_tokens  # still to compute here; 0 once done, or if this worker only decodes
+        self.prefill_context = prefill_context
+        self.prefill_s = prefill_s  # predicted for these tokens alone
+        self.kv_blocks = kv_blocks
+        self.decodes = decodes  # takes a place in the decode batch
+        self.kv_tokens = kv_tokens  # read per decode step: the prompt
+        self.transfer_bytes = transfer_bytes  # still to cross this worker's link
+        self.extra_s = extra_s  # of prefill_s, what it takes from the decodes beside it
+        self.booked_s = 0.0
+        self.decoding = False  # its prompt is in this worker's KV
 
 
 #: Own load as a report could show it: prompt tokens to compute, KV blocks, requests, KV tokens at most; and, negative,
@@ -51,13 +65,16 @@ class Booking:
 _Own = tuple[int, int, int, int, int]
 
 
-class Reading(NamedTuple):
+class Reading:
     """A worker's pending prefill at one moment, own and foreign. Not inflated."""
 
-    tokens: float  # prompt tokens still to compute
-    context: float  # sum of the contexts before them
-    step_s: float  # fixed cost of each engine step that computes prompt tokens, beside the present decodes
-    pending_s: float  # until all of it is computed
+    __slots__ = ("context", "pending_s", "step_s", "tokens")
+
+    def __init__(self, tokens: float, context: float, step_s: float, pending_s: float) -> None:
+        self.tokens = tokens  # prompt tokens still to compute
+        self.context = context  # sum of the contexts before them
+        self.step_s = step_s  # fixed cost of each engine step that computes prompt tokens, beside the present decodes
+        self.pending_s = pending_s  # until all of it is computed
 
 
 class _Peaks:

@@ -10,7 +10,7 @@ from tandem.core.types import Explanation, Plan, Request
 from tandem.errors import TandemError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Place:
     """Send the request to ``plan.first_worker``."""
 

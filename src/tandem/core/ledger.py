@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from tandem.core.lifecycle import Event, State, advance
 from tandem.core.placement import Candidate
@@ -23,17 +22,19 @@ _REMEMBERED = 20_000
 _UNANSWERED = frozenset({Event.FAIL, Event.LOSE, Event.RECALL})
 
 
-@dataclass(slots=True, eq=False)
 class Job:
     """One request. ``charged_*``: what its tenant has paid so far, in input tokens."""
 
-    entry: Entry
-    state: State = State.QUEUED
-    plan: Plan | None = None
-    charged_input: float = 0.0
-    charged_output: float = 0.0
-    itl_s: float = 0.0  # as predicted when it was placed
-    decoding_since: float | None = None
+    __slots__ = ("charged_input", "charged_output", "decoding_since", "entry", "itl_s", "plan", "state")
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+        self.state = State.QUEUED
+        self.plan: Plan | None = None
+        self.charged_input = 0.0
+        self.charged_output = 0.0
+        self.itl_s = 0.0  # as predicted when it was placed
+        self.decoding_since: float | None = None
 
     @property
     def request(self) -> Request:

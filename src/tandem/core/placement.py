@@ -91,24 +91,53 @@ class Inquiry:
         return replace(self, targets=pace)
 
 
-#: The terms of a score, in the order of ``Candidate.row``.
+#: Of a score, as explanations name them.
 TERMS = (
     "ttft_ms", "waited_ms", "prefill_ms", "transfer_ms", "itl_ms", "kv_share", "ttft_of_target", "itl_of_target",
     "effort_ms",
 )  # fmt: skip
 
 
-class Candidate(NamedTuple):
-    """A plan with its score; ``row`` holds the values of ``TERMS``."""
+class Candidate:
+    """A plan with its score and the terms of it. A plain class, as all that is made in the inner loops: compiled, its
+    numbers are machine numbers."""
 
-    score: float
-    decode: WorkerView
-    prefill: WorkerView | None
-    prefill_s: float  # computing this prompt's own tokens, without what is pending before them
-    pending_s: float  # predicted pending prefill of the first worker, without this request
-    transfer_bytes: float
-    row: tuple[float, ...]
-    extra_s: float  # of prefill_s, what it adds to the first worker's steps: decodes beside it go on in them
+    __slots__ = (
+        "decode", "effort_s", "extra_s", "itl_of_target", "itl_s", "kv_share", "pending_s", "prefill", "prefill_s",
+        "score", "total_s", "transfer_bytes", "transfer_s", "ttft_of_target", "ttft_s", "waited_s",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        score: float,
+        seat: _Seat,
+        source: _Source,
+        prefill: WorkerView | None,
+        ttft_s: float,
+        waited_s: float,
+        transfer_s: float,
+        transfer_bytes: float,
+        itl_s: float,
+        ttft_of_target: float,
+        itl_of_target: float,
+        effort_s: float,
+    ) -> None:
+        self.score = score
+        self.decode = seat.view
+        self.prefill = prefill
+        self.prefill_s = source.own_s  # computing this prompt's own tokens, without what is pending before them
+        self.pending_s = source.pending_s  # predicted pending prefill of the first worker, without this request
+        self.total_s = source.total_s  # both
+        self.extra_s = source.extra_s  # of prefill_s, what it adds to the first worker's steps: decodes go on in them
+        self.kv_share = seat.kv
+        self.ttft_s = ttft_s
+        self.waited_s = waited_s
+        self.transfer_s = transfer_s
+        self.transfer_bytes = transfer_bytes
+        self.itl_s = itl_s
+        self.ttft_of_target = ttft_of_target
+        self.itl_of_target = itl_of_target
+        self.effort_s = effort_s
 
     @property
     def first(self) -> WorkerView:
@@ -125,19 +154,16 @@ class Candidate(NamedTuple):
         return self.decode.idle and (lender is None or not lender.own_sequences + lender.foreign_sequences)
 
     @property
-    def itl_s(self) -> float:
-        return self.row[4] / 1e3
-
-    @property
-    def ttft_of_target(self) -> float:
-        return self.row[6]
-
-    @property
-    def itl_of_target(self) -> float:
-        return self.row[7]
+    def terms(self) -> dict[str, float]:
+        """Of its score: for an explanation."""
+        values = (
+            1e3 * self.ttft_s, 1e3 * self.waited_s, 1e3 * self.total_s, 1e3 * self.transfer_s, 1e3 * self.itl_s,
+            self.kv_share, self.ttft_of_target, self.itl_of_target, 1e3 * self.effort_s,
+        )  # fmt: skip
+        return dict(zip(TERMS, values, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
     """What was found: candidates by score, and what the hard filters took out."""
 
@@ -151,7 +177,7 @@ class Decision:
         return self.candidates[0] if self.candidates else None
 
     def explanation(self, chosen: Candidate | None, note: str = "") -> Explanation:
-        scores = [CandidateScore(c.plan, c.score, dict(zip(TERMS, c.row, strict=True))) for c in self.candidates]
+        scores = [CandidateScore(c.plan, c.score, c.terms) for c in self.candidates]
         scores += [CandidateScore(Plan(worker), math.inf, {}, reason) for worker, reason in self.excluded]
         return Explanation(chosen.plan if chosen else None, tuple(scores), self.summary(chosen) + note)
 
@@ -165,7 +191,7 @@ def _summary(chosen: Candidate | None, count: int) -> str:
         return f"none of {count} plans can start now" if count else "no worker can take this request now"
     decode = chosen.decode.id
     where = f"prefill on {chosen.prefill.id}, decode on {decode}" if chosen.prefill else f"all on {decode}"
-    ttft, itl = chosen.row[0], chosen.row[4]
+    ttft, itl = 1e3 * chosen.ttft_s, 1e3 * chosen.itl_s
     return f"{where}: first token predicted {ttft:.0f} ms after arrival, then {itl:.1f} ms per token; best of {count}"
 
 
@@ -218,14 +244,19 @@ def may_be_remote(request: Request) -> bool:
 # --- scoring --------------------------------------------------------------------------------------------------------
 
 
-class _Source(NamedTuple):
+class _Source:
     """One worker as the place where the prompt is computed. Inflated seconds."""
 
-    total_s: float  # until the prompt is computed, pending work included
-    own_s: float
-    pending_s: float
-    extra_s: float  # of own_s, what it adds to the worker's steps: decodes beside it go on in them
-    view: WorkerView
+    __slots__ = ("extra_s", "harm", "own_s", "pending_s", "total_s", "view")
+
+    def __init__(self, view: WorkerView, total_s: float, own_s: float, pending_s: float, extra_s: float) -> None:
+        self.view = view
+        self.total_s = total_s  # until the prompt is computed, pending work included
+        self.own_s = own_s
+        self.pending_s = pending_s
+        self.extra_s = extra_s  # of own_s, what it adds to the worker's steps: decodes beside it go on in them
+        #: What computing it for another worker does to the streams here: their inter-token latency, of target.
+        self.harm = 0.0
 
 
 def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: float) -> _Source:
@@ -236,8 +267,9 @@ def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: flo
     perf, chunk = view.perf, view.spec.max_batched_tokens
     fresh = isl - cached
     work = perf.p1 * fresh + perf.p2 * (fresh * (isl + cached - 1) / 2.0)  # suffix_context, in the inner loop
-    tokens, context, step_s, pending_s = reading
-    total = perf.p1 * tokens + perf.p2 * context + work + math.ceil((tokens + fresh) / chunk) * step_s
+    step_s = reading.step_s
+    total = perf.p1 * reading.tokens + perf.p2 * reading.context + work
+    total += math.ceil((reading.tokens + fresh) / chunk) * step_s
     steps = math.ceil(fresh / chunk)
     own = extra = work + steps * step_s
     batch = view.own_sequences + view.foreign_sequences
@@ -246,41 +278,38 @@ def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: flo
         extra = own - steps * decode_s
         if extra < work:
             extra = work
-    return _Source(inflation * total, inflation * own, inflation * pending_s, inflation * extra, view)
-
-
-#: A worker that could compute the prompt for another one, and what that does to the streams that decode there: their
-#: inter-token latency, of target. A plain tuple, in the inner loop.
-_Lender = tuple[_Source, float]
+    return _Source(view, inflation * total, inflation * own, inflation * reading.pending_s, inflation * extra)
 
 
 def _lenders(
     views: Sequence[WorkerView], inquiry: Inquiry, policy: Policy, now: float, tau: float, sources: dict[str, _Source]
-) -> list[_Lender]:
-    """The soonest first, without those that two others beat in time and harm: one may be the decode worker itself.
+) -> list[_Source]:
+    """Workers that could compute the prompt for another one: the soonest first, without those that two others beat in
+    time and harm: one may be the decode worker itself.
 
     All of ``views`` as places to compute the prompt go to ``sources``, by worker.
     """
     inflation, tpot_s, osl = policy.inflation, inquiry.targets.tpot_s, inquiry.stream_osl
-    found: list[_Lender] = []
+    found: list[_Source] = []
     for view in views:
-        source, harm = _source(view, view.reading(now), inquiry, inflation), 0.0
+        source = _source(view, view.reading(now), inquiry, inflation)
         sources[view.id] = source
         batch = view.own_sequences + view.foreign_sequences
         if batch:
             step_s = view.perf.decode_step_s(batch, view.own_kv_tokens + view.foreign_kv_tokens + 0.5 * osl * batch)
             share = (view.prefill_share_s(now, tau) + source.extra_s) / tau
-            harm = inflation * step_s / (1.0 - (share if share < _MAX_DISTURBANCE else _MAX_DISTURBANCE)) / tpot_s
-        found.append((source, harm))
+            source.harm = (
+                inflation * step_s / (1.0 - (share if share < _MAX_DISTURBANCE else _MAX_DISTURBANCE)) / tpot_s
+            )
+        found.append(source)
     found.sort(key=_total_s)
-    kept: list[_Lender] = []
+    kept: list[_Source] = []
     least: dict[object, tuple[float, float]] = {}  # the two lowest harms so far, among those whose KV is alike
-    for lender in found:
-        source, harm = lender
-        kind = source.view.kv_format
+    for source in found:
+        harm, kind = source.harm, source.view.kv_format
         first, second = least.get(kind, (math.inf, math.inf))
         if harm < second:
-            kept.append(lender)
+            kept.append(source)
             least[kind] = (harm, first) if harm < first else (first, harm)
     return kept
 
@@ -320,16 +349,19 @@ def decide(
     share = min(policy.kv_share, inquiry.guard_share)
     partial = False
     able_p: list[WorkerView] = []
+    holders = _holders(inquiry.cached, _HOLDERS * count) if standings is not None else ()
     if standings is not None and len(decoders) > _LARGE * count:
         able_d, partial = _first_able(
-            standings.decoders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, count, excluded
+            standings.decoders, holders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, count, excluded
         )
     else:
         able_d = _able(decoders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, excluded)
     if (able_d or reluctant) and prefillers and policy.remote_prefill and may_be_remote(request):
         if standings is not None and len(prefillers) > _LARGE * count:
             for standing in (standings.prefillers, standings.lenders):
-                found_p, more = _first_able(standing, inquiry, request.isl_tokens, share, {}, 2 * count, excluded)
+                found_p, more = _first_able(
+                    standing, holders, inquiry, request.isl_tokens, share, {}, 2 * count, excluded
+                )
                 able_p += found_p
                 partial = partial or more
         else:
@@ -353,7 +385,7 @@ def decide(
 
     score_on(seats)
     if reluctant and min(map(_score_of, candidates), default=math.inf) > _least_reluctant(lenders, inquiry, policy):
-        able_r, more = _seats_among(reluctant, inquiry, share, count, standings, excluded)
+        able_r, more = _seats_among(reluctant, holders, inquiry, share, count, standings, excluded)
         partial = partial or more
         score_on([_seat(view, inquiry, policy, now, tau) for view in able_r])
     found = len(candidates)
@@ -366,14 +398,15 @@ def decide(
     return Decision(tuple(candidates), tuple(dict.fromkeys(excluded)), found > len(candidates), partial)
 
 
-def _least_reluctant(lenders: Sequence[_Lender], inquiry: Inquiry, policy: Policy) -> float:
+def _least_reluctant(lenders: Sequence[_Source], inquiry: Inquiry, policy: Policy) -> float:
     """No plan with a reluctant worker scores less: mostly they need not be looked at."""
-    soonest_s = lenders[0][0].total_s if lenders else 0.0
+    soonest_s = lenders[0].total_s if lenders else 0.0
     return policy.reluctance + _score((inquiry.waited_s + soonest_s) / inquiry.targets.ttft_s, 0.0, 0.0, 0.0, policy)
 
 
 def _seats_among(
     views: Sequence[WorkerView],
+    holders: Sequence[str],
     inquiry: Inquiry,
     share: float,
     count: int,
@@ -383,14 +416,14 @@ def _seats_among(
     """Prefill workers that could decode, at most about ``count``; and whether others were left out."""
     tokens = inquiry.reserve_tokens
     if standings is not None and len(views) > _LARGE * count:
-        able, partial = _first_able(standings.prefillers, inquiry, tokens, share, {}, count, excluded)
+        able, partial = _first_able(standings.prefillers, holders, inquiry, tokens, share, {}, count, excluded)
     else:
         able, partial = _able(views, inquiry, tokens, share, {}, excluded), False
     return (_promising_decoders(able, inquiry, count) if len(able) > count else able), partial
 
 
-def _total_s(lender: _Lender) -> float:
-    return lender[0].total_s
+def _total_s(source: _Source) -> float:
+    return source.total_s
 
 
 def _score_of(candidate: Candidate) -> float:
@@ -442,8 +475,14 @@ def _able(
     return able
 
 
+def _holders(cached: Mapping[str, int], count: int) -> Sequence[str]:
+    """Workers that hold a part of the prompt; of many the ``count`` that hold most."""
+    return list(cached) if len(cached) <= count else sorted(cached, key=cached.__getitem__, reverse=True)[:count]
+
+
 def _first_able(
     standing: Standing,
+    holders: Sequence[str],
     inquiry: Inquiry,
     tokens: int,
     share: float,
@@ -451,16 +490,13 @@ def _first_able(
     count: int,
     excluded: list[tuple[str, str]],
 ) -> tuple[list[WorkerView], bool]:
-    """In the order of ids: those who hold a part of the prompt, and of the others the first ``count`` by standing, all
-    of them able; and whether the rest was left out."""
-    cached = inquiry.cached
-    most = (
-        cached if len(cached) <= _HOLDERS * count else heapq.nlargest(_HOLDERS * count, cached, key=cached.__getitem__)
-    )
-    holding = [view for worker in most if (view := standing.find(worker)) is not None]
+    """In the order of ids: the ``holders``, and of the others the first ``count`` by standing, all of them able; and
+    whether the rest was left out."""
+    holding = [view for worker in holders if (view := standing.find(worker)) is not None]
+    known = {view.id for view in holding}
     found = _able(holding, inquiry, tokens, share, reserved, excluded)
     wanted = len(found) + count
-    others = (view for view in standing.ranked() if view.id not in cached)
+    others = (view for view in standing.ranked() if view.id not in known)
     while len(found) < wanted and (some := list(islice(others, count))):
         found += _able(some, inquiry, tokens, share, reserved, excluded)
     found.sort(key=_id_of)
@@ -497,17 +533,22 @@ def _promising_prefillers(views: list[WorkerView], inquiry: Inquiry, count: int)
     return sorted(by_role + rest, key=_id_of)
 
 
-class _Seat(NamedTuple):
+class _Seat:
     """A place in a decode worker's batch, as a plan of any kind would take it."""
 
-    view: WorkerView
-    step_s: float  # of a step with this request, inflated
-    longer_s: float  # the time that it adds to all its steps, inflated
-    tau: float
-    rho: float
-    kv: float
-    streams: int  # that it has
-    price: float  # of decoding there at all
+    __slots__ = ("kv", "longer_s", "price", "rho", "step_s", "streams", "tau", "view")
+
+    def __init__(
+        self, view: WorkerView, step_s: float, longer_s: float, tau: float, rho: float, kv: float, price: float
+    ) -> None:
+        self.view = view
+        self.step_s = step_s  # of a step with this request, inflated
+        self.longer_s = longer_s  # the time that it adds to all its steps, inflated
+        self.tau = tau
+        self.rho = rho
+        self.kv = kv
+        self.price = price  # of decoding there at all
+        self.streams = view.own_sequences + view.foreign_sequences  # that it has
 
 
 def _undisturbed_s(seat: _Seat) -> float:
@@ -528,14 +569,14 @@ def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float, tau: f
     inflation = policy.inflation
     return _Seat(
         view, inflation * step_s, inflation * osl * longer_s, tau, view.prefill_share_s(now, tau),
-        blocks / view.spec.kv_blocks_total, batch, policy.reluctance if view.role is Role.PREFILL else 0.0,
+        blocks / view.spec.kv_blocks_total, policy.reluctance if view.role is Role.PREFILL else 0.0,
     )  # fmt: skip
 
 
 def _plans_on(
     seat: _Seat,
     here: _Source,
-    lenders: Sequence[_Lender],
+    lenders: Sequence[_Source],
     inquiry: Inquiry,
     policy: Policy,
     found: list[Candidate],
@@ -544,7 +585,7 @@ def _plans_on(
     worker as the place where the prompt is computed."""
     decode = seat.view
     if policy.local_prefill or not any(
-        source.view is not decode and can_transfer(source.view, decode) for source, _ in lenders
+        source.view is not decode and can_transfer(source.view, decode) for source in lenders
     ):
         # Its own prompt delays nobody where it is alone: its tokens come after it.
         share = (seat.rho + here.extra_s if seat.streams else seat.rho) / seat.tau
@@ -555,7 +596,7 @@ def _plans_on(
 
 
 def _remote_plan(
-    seat: _Seat, lenders: Sequence[_Lender], inquiry: Inquiry, policy: Policy, found: list[Candidate]
+    seat: _Seat, lenders: Sequence[_Source], inquiry: Inquiry, policy: Policy, found: list[Candidate]
 ) -> None:
     """Appends the best plan that prefills elsewhere, if there is one. The innermost loop of a decision."""
     decode, targets, waited_s = seat.view, inquiry.targets, inquiry.waited_s
@@ -567,7 +608,7 @@ def _remote_plan(
     kind, own_link, own_transfers = decode.kv_format, decode.spec.link_bytes_per_s, decode.transfer_bytes
     least = math.inf
     best: tuple[_Source, float, float, float] | None = None
-    for source, harm in lenders:
+    for source in lenders:
         view = source.view
         if view is decode or view.kv_format != kind:  # as can_transfer says
             continue
@@ -576,7 +617,7 @@ def _remote_plan(
             link = own_link
         transfer_s = (moved + (before if before > own_transfers else own_transfers)) / (link if link > 1.0 else 1.0)
         ttft_s = waited_s + (source.total_s + transfer_s) + step_s
-        itl_s = harm * tpot_target
+        itl_s = source.harm * tpot_target
         if itl_s < undisturbed_s:
             itl_s = undisturbed_s
         added = effort * (source.extra_s * view.worth + longer_s) / ttft_target
@@ -604,8 +645,6 @@ def _candidate(
     r1, r2 = ttft_s / targets.ttft_s, itl_s / targets.tpot_s
     effort_s = source.extra_s * source.view.worth + seat.longer_s * seat.view.worth
     score = seat.price + _score(r1, r2, seat.kv, policy.effort * effort_s / targets.ttft_s, policy)
-    row = (
-        1e3 * ttft_s, 1e3 * waited_s, 1e3 * source.total_s, 1e3 * transfer_s, 1e3 * itl_s, seat.kv, r1, r2,
-        1e3 * effort_s,
+    return Candidate(
+        score, seat, source, prefill, ttft_s, waited_s, transfer_s, moved, itl_s, r1, r2, effort_s,
     )  # fmt: skip
-    return Candidate(score, seat.view, prefill, source.own_s, source.pending_s, moved, row, source.extra_s)

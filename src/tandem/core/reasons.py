@@ -18,7 +18,7 @@ def reason_of(effect: Place) -> Reason:
     candidates = effect.decision.candidates
     if len(candidates) < 2:
         return Reason.ONLY
-    soonest = min([candidate.row[0] for candidate in candidates])
-    if effect.candidate.row[0] > soonest:
+    soonest = min([candidate.ttft_s for candidate in candidates])
+    if effect.candidate.ttft_s > soonest:
         return Reason.PACE
     return Reason.PREFIX if effect.cached_tokens else Reason.LOAD

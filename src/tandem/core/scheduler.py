@@ -196,6 +196,7 @@ class Scheduler:
             job.decoding_since = now
         for view in self._views(job.plan.prefill_worker):
             view.release(key, now)
+            self._stirred |= view.idle  # an idle worker takes what a busy one may not
         for view in self._views(job.plan.decode_worker):
             view.prefill_done(key, now)
             view.transfer_done(key)
@@ -547,7 +548,7 @@ class Scheduler:
         if job.plan is not None:
             for view in self._views(job.plan.prefill_worker, job.plan.decode_worker):
                 view.release(key, now)
-                self._stirred |= view.idle  # an idle worker takes what a busy one may not
+                self._stirred |= view.idle  # as in ``decode_started``
 
     def _dequeue(self, entry: Entry) -> None:
         if entry.queued:

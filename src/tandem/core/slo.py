@@ -18,7 +18,7 @@ from tandem.core.policy import Policy, RequestClass
 from tandem.core.types import Request
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Targets:
     """Seconds; ``ttft_s`` counts from arrival. ``binding``: the TTFT is an SLO and not only an aim. ``near``: the pace
     is aimed at near what the best worker gives now, ``tpot_s`` being the farthest."""

@@ -101,20 +101,20 @@ def test_the_terms_are_those_of_the_design() -> None:
     transfer = (4000 - 1600) * 327680 / 50e9
 
     remote, local = plans["p0"], plans[None]
-    assert remote.row[2] == pytest.approx(1e3 * prefill_p)
-    assert remote.row[3] == pytest.approx(1e3 * transfer)
-    assert remote.row[0] == pytest.approx(1e3 * (0.1 + prefill_p + transfer + step))
-    assert remote.row[4] == pytest.approx(1e3 * step / (1 - rho / tau))
-    assert local.row[0] == pytest.approx(1e3 * (0.1 + prefill_d))
-    assert local.row[4] == pytest.approx(1e3 * step / (1 - min(0.95, (rho + extra_d) / tau)))
+    assert remote.terms["prefill_ms"] == pytest.approx(1e3 * prefill_p)
+    assert remote.terms["transfer_ms"] == pytest.approx(1e3 * transfer)
+    assert remote.terms["ttft_ms"] == pytest.approx(1e3 * (0.1 + prefill_p + transfer + step))
+    assert remote.terms["itl_ms"] == pytest.approx(1e3 * step / (1 - rho / tau))
+    assert local.terms["ttft_ms"] == pytest.approx(1e3 * (0.1 + prefill_d))
+    assert local.terms["itl_ms"] == pytest.approx(1e3 * step / (1 - min(0.95, (rho + extra_d) / tau)))
     own_p = g * (m.p1 * n_p + m.p2 * suffix_context(4000, 800) + m.p0)
     for plan, effort in ((remote, own_p + seat), (local, extra_d + seat)):
-        r1, r2, kv = plan.row[6], plan.row[7], plan.row[5]
+        r1, r2, kv = plan.terms["ttft_of_target"], plan.terms["itl_of_target"], plan.terms["kv_share"]
         harm = 200 * max(0, r1 - 0.8) + 200 * max(0, r2 - 0.85) + 50 * max(0, kv - 0.95)
-        assert plan.row[8] == pytest.approx(1e3 * effort)
+        assert plan.terms["effort_ms"] == pytest.approx(1e3 * effort)
         assert plan.score == pytest.approx(r1**2 + r2**2 + harm + 0.03 * r1 + effort / 1.5)
-        assert r1 == pytest.approx(plan.row[0] / 1500)
-        assert r2 == pytest.approx(plan.row[4] / 50)
+        assert r1 == pytest.approx(plan.terms["ttft_ms"] / 1500)
+        assert r2 == pytest.approx(plan.terms["itl_ms"] / 50)
 
 
 def test_long_prompts_go_to_prefill_workers_when_streams_would_suffer() -> None:
@@ -152,7 +152,7 @@ def test_a_slow_link_is_part_of_the_price() -> None:
     p = view("p0", Role.PREFILL)
     assert best(inquiry(), [slow, fast], [p]).decode.id == "d1"
     remote = next(c for c in decided(inquiry(), [slow], [p]).candidates if c.prefill)
-    assert remote.row[3] == pytest.approx(1e3 * 4000 * 327680 / 1e8)
+    assert remote.terms["transfer_ms"] == pytest.approx(1e3 * 4000 * 327680 / 1e8)
 
 
 def test_in_a_mixed_fleet_milliseconds_decide() -> None:
