@@ -80,7 +80,7 @@ class Fleet:
         self._now = now
         self._look_now = asyncio.Event()
         self.members: dict[str, Member] = {}
-        self._slots: dict[int, WorkerSpec] | None = None
+        self._slots: dict[int, tuple[str, int]] | None = None
         #: Declared dead while their registry entry lives on; only a report of their own brings them back.
         self._dead: set[tuple[str, int]] = set()
 
@@ -155,10 +155,11 @@ class Fleet:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     @property
-    def slots(self) -> Mapping[int, WorkerSpec]:
-        """Members by their slot in the prefix index. Kept: every request asks."""
+    def slots(self) -> Mapping[int, tuple[str, int]]:
+        """(id, tokens in a block) of members by their slot in the prefix index. Kept: every request asks."""
         if self._slots is None:
-            self._slots = {member.spec.slot: member.spec for member in self.members.values()}
+            specs = [member.spec for member in self.members.values()]
+            self._slots = {spec.slot: (spec.id, spec.block_size) for spec in specs}
         return self._slots
 
     def _seen(self, specs: list[WorkerSpec]) -> None:

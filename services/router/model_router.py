@@ -214,9 +214,8 @@ class ModelRouter:
         if not depths:
             return {}
         slots = self.fleet.slots
-        return {
-            slots[slot].id: depth * slots[slot].block_size for slot, depth in depths.items() if depth and slot in slots
-        }
+        known = [(slots[slot], depth) for slot, depth in depths.items() if slot in slots]
+        return {worker: depth * block_size for (worker, block_size), depth in known}
 
     def _on_abort(self, message: Message) -> None:
         abort = bus_pb2.Abort.FromString(message.data)

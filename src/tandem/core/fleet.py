@@ -209,7 +209,8 @@ class Fleet:
         0 = no workers."""
         looked = [self._fastest_prefill] if self._fastest_prefill is not None else []
         if cached:
-            most = self.views.get(max(cached, key=lambda worker: (cached[worker], worker)))
+            deepest = max(cached.values())
+            most = self.views.get(max([worker for worker, held in cached.items() if held == deepest]))
             if most is not None and most.usable:
                 looked.append(most)
         isl = request.isl_tokens

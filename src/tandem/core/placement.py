@@ -22,12 +22,10 @@ which can explain itself. Ties go to the candidate that comes first in the order
 
 from __future__ import annotations
 
-import heapq
 import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import NamedTuple
 
 from tandem.core.accounting import Reading, WorkerView
@@ -496,8 +494,17 @@ def _first_able(
     known = {view.id for view in holding}
     found = _able(holding, inquiry, tokens, share, reserved, excluded)
     wanted = len(found) + count
-    others = (view for view in standing.ranked() if view.id not in known)
-    while len(found) < wanted and (some := list(islice(others, count))):
+    some: list[WorkerView] = []
+    for view in standing.ranked():
+        if view.id in known:
+            continue
+        some.append(view)
+        if len(some) == count:
+            found += _able(some, inquiry, tokens, share, reserved, excluded)
+            if len(found) >= wanted:
+                break
+            some = []
+    else:
         found += _able(some, inquiry, tokens, share, reserved, excluded)
     found.sort(key=_id_of)
     return found, len(found) >= wanted
@@ -510,11 +517,10 @@ def _id_of(view: WorkerView) -> str:
 def _promising_decoders(views: list[WorkerView], inquiry: Inquiry, count: int) -> list[WorkerView]:
     """The cheap filter of a large fleet: those that hold most of the prompt, and those with the fastest next step."""
     cached = inquiry.cached
-    holding = heapq.nsmallest(count // 2, (v for v in views if v.id in cached), key=lambda v: -cached[v.id])
+    holding = sorted([v for v in views if v.id in cached], key=lambda v: -cached[v.id])[: count // 2]
     taken = {view.id for view in holding}
-
-    rest = heapq.nsmallest(count - len(holding), (v for v in views if v.id not in taken), key=next_step_s)
-    return sorted(holding + rest, key=lambda view: view.id)
+    rest = sorted([v for v in views if v.id not in taken], key=next_step_s)[: count - len(holding)]
+    return sorted(holding + rest, key=_id_of)
 
 
 def _promising_prefillers(views: list[WorkerView], inquiry: Inquiry, count: int) -> list[WorkerView]:
@@ -527,9 +533,10 @@ def _promising_prefillers(views: list[WorkerView], inquiry: Inquiry, count: int)
         tokens = view.own_tokens + view.foreign_tokens + isl - cached(view.id, 0)
         return view.perf.p1 * tokens + streams_step_s(view)
 
-    by_role = heapq.nsmallest(count // 2, (v for v in views if v.role is Role.PREFILL), key=cost)
+    by_cost = sorted(views, key=cost)
+    by_role = [view for view in by_cost if view.role is Role.PREFILL][: count // 2]
     taken = {view.id for view in by_role}
-    rest = heapq.nsmallest(count - len(by_role), (v for v in views if v.id not in taken), key=cost)
+    rest = [view for view in by_cost if view.id not in taken][: count - len(by_role)]
     return sorted(by_role + rest, key=_id_of)
 
 

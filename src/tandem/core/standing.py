@@ -4,8 +4,8 @@ few only. Between two looks only those are moved that have changed: finding a pl
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 
 from tandem.core.accounting import WorkerView
 
@@ -41,6 +41,7 @@ class Standing:
         self._views: dict[str, WorkerView] = {}
         self._keys: dict[str, float] = {}
         self._order: list[tuple[float, str]] = []
+        self._ranked: list[WorkerView] = []  # in that order
         self._stale: set[str] = set()
 
     def __len__(self) -> int:
@@ -50,6 +51,7 @@ class Standing:
         self._views = {view.id: view for view in views}
         self._keys = {view.id: self._key(view) for view in self._views.values()}
         self._order = sorted((key, worker) for worker, key in self._keys.items())
+        self._ranked = [self._views[worker] for _, worker in self._order]
         self._stale.clear()
 
     def touch(self, worker: str) -> None:
@@ -59,14 +61,17 @@ class Standing:
     def find(self, worker: str) -> WorkerView | None:
         return self._views.get(worker)
 
-    def ranked(self) -> Iterator[WorkerView]:
-        """Not to be gone on with after a ``touch``."""
+    def ranked(self) -> Sequence[WorkerView]:
+        """Good until the next ``touch``."""
         for worker in self._stale:
-            old, new = self._keys[worker], self._key(self._views[worker])
+            view, old = self._views[worker], self._keys[worker]
+            new = self._key(view)
             if new != old:
-                del self._order[bisect_left(self._order, (old, worker))]
-                insort(self._order, (new, worker))
+                place = bisect_left(self._order, (old, worker))
+                del self._order[place], self._ranked[place]
+                place = bisect_left(self._order, (new, worker))
+                self._order.insert(place, (new, worker))
+                self._ranked.insert(place, view)
                 self._keys[worker] = new
         self._stale.clear()
-        for _, worker in self._order:
-            yield self._views[worker]
+        return self._ranked
