@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from services.frontend.http_errors import error_body, error_headers, http_status
 from services.frontend.intake import Caller, Intake
 from services.frontend.openai_responses import DONE, KEEP_ALIVE, event
 from services.frontend.openai_routes import AnswerForm, Exchange, Route
-from tandem.adapters.clock import monotonic
+from tandem.adapters.clock import monotonic, new_id
 from tandem.adapters.deployment import Tenant
 from tandem.errors import (
     Cancelled,
@@ -263,7 +262,7 @@ class Response:
         self.told = told
         self._opened = False
         given = headers.get(b"x-request-id", b"")
-        self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else new_id()
 
     async def start(self, status: int, headers: list[Header], *, length: int | None) -> None:
         """The head. ``length``: of the body, None = a stream."""

@@ -74,7 +74,7 @@ class Connection(HttpToolsProtocol):
         if self._header_bytes + self.untold_bytes > MAX_HEADER_BYTES:
             self._refuse()
         elif self.timeout_keep_alive_task is None and not self._owes_an_answer:
-            self._headers.go_on()  # empty lines begin no request
+            self._headers.go_on()
 
     def send_400_response(self, msg: str) -> None:
         """Called where the parser has stopped; it does so for ``_TooLong`` too."""
@@ -95,7 +95,7 @@ class Connection(HttpToolsProtocol):
         self._header_bytes = self.untold_bytes = 0
         self._in_headers = True
         if not self._owes_an_answer:
-            self._headers.start()
+            self._headers.stop()  # it begins anew in ``data_received``, unless all of the headers are in this data
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))

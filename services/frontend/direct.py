@@ -45,8 +45,6 @@ class DirectConnection(Connection):
             exchange.queued = True
             self.flow.pause_reading()
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
-        else:
-            exchange.expect_body()
         refused = self._posted.refused(headers)
         if refused is not None:
             exchange.fail(refused)
@@ -65,6 +63,12 @@ class DirectConnection(Connection):
             cycle.feed(body)
         else:
             super().on_body(body)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        cycle: object = self.cycle
+        if type(cycle) is _Exchange and not (cycle.whole or cycle.queued):
+            cycle.expect_body()
 
     def on_message_complete(self) -> None:
         cycle: object = self.cycle
@@ -134,8 +138,8 @@ class _Exchange:
     # -- the request -----------------------------------------------------------------------------------------------
 
     def expect_body(self) -> None:
-        """In time, from now on: nothing is read of one that waits for its turn."""
-        if not self._received.is_set():
+        """In time, from now on: nothing is read of one that waits for its turn, and most come at once."""
+        if self._timer is None and not self._received.is_set():
             self._timer = self._connection.loop.call_later(BODY_TIMEOUT_S, self._too_late)
 
     def feed(self, part: bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from secrets import token_hex
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -22,7 +21,7 @@ from services.frontend.options import decode
 from services.frontend.responses_api import ResponsesAnswer, responses_decoder
 from services.frontend.served_model import ServedModel
 from services.frontend.tools import tool_use
-from tandem.adapters.clock import unix_milliseconds
+from tandem.adapters.clock import new_id, unix_milliseconds
 from tandem.errors import InvalidRequest, TandemError
 
 #: They travel in one message, about 20 bytes each, and a message of the bus has its limit.
@@ -80,7 +79,7 @@ class OpenAIRoutes:
             model,
             [prompt],
             wanted,
-            id="chatcmpl-" + token_hex(16),
+            id="chatcmpl-" + new_id(),
             param="messages",
             n=wanted.n or 1,
             streaming=bool(wanted.stream),
@@ -110,7 +109,7 @@ class OpenAIRoutes:
             model,
             prompts,
             wanted,
-            id="cmpl-" + token_hex(16),
+            id="cmpl-" + new_id(),
             operation="text_completion",
             param="prompt",
             n=n,
@@ -135,7 +134,7 @@ class OpenAIRoutes:
             model,
             [prompt],
             wanted,
-            id="resp_" + token_hex(16),
+            id="resp_" + new_id(),
             param="input",
             streaming=bool(wanted.stream),
             structured_output=wanted.structured_output,

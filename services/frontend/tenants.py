@@ -7,6 +7,9 @@ import hashlib
 from tandem.adapters.deployment import Class, Deployment, Tenant
 from tandem.errors import InvalidRequest, PermissionDenied, Unauthenticated
 
+_ANYBODY = Tenant(name="default")
+_MOST_KNOWN = 10_000
+
 
 class Tenants:
     """Without tenants in the deployment file everybody is the tenant ``default``."""
@@ -16,18 +19,26 @@ class Tenants:
         self._first_class = deployment.classes[0]
         # Looked up by hash: how long that takes says nothing about how much of a guessed key is right.
         self._by_hash = {digest.lower(): tenant for tenant in deployment.tenants for digest in tenant.api_key_sha256}
+        #: Of headers that were right: hashing takes longer than all else about a key.
+        self._known: dict[str, Tenant] = {}
         self.open = not deployment.tenants
 
     def of_authorization(self, header: str | None) -> Tenant:
         """Tenant of an ``Authorization`` header. Unauthenticated if there is none, or a wrong one."""
         if self.open:
-            return Tenant(name="default")
+            return _ANYBODY
+        known = self._known.get(header or "")
+        if known is not None:
+            return known
         scheme, _, key = (header or "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise Unauthenticated("an API key is needed: Authorization: Bearer <key>")
         tenant = self._by_hash.get(hashlib.sha256(key.strip().encode()).hexdigest())
         if tenant is None:
             raise Unauthenticated("this API key is not known")
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[header or ""] = tenant
         return tenant
 
     def cache_salt(self, tenant: Tenant) -> str:

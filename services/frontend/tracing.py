@@ -34,8 +34,6 @@ class _Ending(Struct, frozen=True, kw_only=True):
     input_tokens: int
     #: 0 = there was none.
     first_token_s: float
-    #: When a first token is late; 0 = as the sampling policy says.
-    late_after_s: float
     journeys: Sequence[Journey]
     error: TandemError | None
     attributes: dict[str, Value]
@@ -63,6 +61,9 @@ class RequestTraces:
             return
         request = generation.request
         progress = generation.progress()
+        late_after_s = request.ttft_slo_s or self._ttft_slo_s.get(request.request_class, 0.0)
+        if not self._wanted(trace, generation.error, request.arrival_s, progress.first_token_s, late_after_s):
+            return
         ending = _Ending(
             id=request.id,
             name=f"{request.operation} {request.model.name}",
@@ -70,7 +71,6 @@ class RequestTraces:
             tokenised_s=(generation.received_s or request.arrival_s, request.tokenised_s or request.arrival_s),
             input_tokens=sum(map(len, request.prompts)),
             first_token_s=progress.first_token_s,
-            late_after_s=request.ttft_slo_s or self._ttft_slo_s.get(request.request_class, 0.0),
             journeys=generation.journeys,
             error=generation.error,
             attributes=_asked(request) | _answered(generation, progress),
@@ -88,6 +88,8 @@ class RequestTraces:
     ) -> None:
         """The same for embeddings."""
         order = journeys[0].order
+        if not self._wanted(trace, error, order.arrival_s, 0.0, 0.0):
+            return
         attributes = _of(order.id, EMBEDDINGS, order.model, order.tenant, order.request_class)
         attributes |= {spans.OUTPUT_TOKENS: 0, spans.CACHED_TOKENS: cached_tokens}
         ending = _Ending(
@@ -97,7 +99,6 @@ class RequestTraces:
             tokenised_s=tokenised_s,
             input_tokens=sum(journey.order.isl_tokens for journey in journeys),
             first_token_s=0.0,
-            late_after_s=0.0,
             journeys=journeys,
             error=error,
             attributes=attributes,
@@ -105,23 +106,26 @@ class RequestTraces:
         self._tell(trace, ending)
 
     def _tell(self, trace: Trace, ending: _Ending) -> None:
-        now, sampled = self._now(), trace.context.sampled
-        if not sampled:
-            trace.why = self._worth_a_trace(ending)
-            if not trace.why or not self._tracing.sampler.samples_late(now):
-                return
+        now = self._now()
         records = [_root(ending, trace, now), _tokenize(ending, trace)]
-        if not sampled:
+        if not trace.context.sampled:
             for journey in ending.journeys:
                 records += _reconstructed(journey, trace, now)
         self._tracing.emit(trace.context.trace_id, records)
 
-    def _worth_a_trace(self, ending: _Ending) -> str:
-        if ending.error is not None:
-            return "" if isinstance(ending.error, Cancelled) else FAILED
-        limit = ending.late_after_s or self._tracing.sampler.policy.slow_ttft_s
-        first = ending.first_token_s
-        return SLOW if first and first - ending.arrival_s > limit else ""
+    def _wanted(
+        self, trace: Trace, error: TandemError | None, arrival_s: float, first_token_s: float, late_after_s: float
+    ) -> bool:
+        """Whether it is told of: nearly none is. ``first_token_s`` 0 = there was none; ``late_after_s``: when a first
+        token is late, 0 = as the sampling policy says."""
+        if trace.context.sampled:
+            return True
+        if error is not None:
+            trace.why = "" if isinstance(error, Cancelled) else FAILED
+        else:
+            limit = late_after_s or self._tracing.sampler.policy.slow_ttft_s
+            trace.why = SLOW if first_token_s and first_token_s - arrival_s > limit else ""
+        return bool(trace.why) and self._tracing.sampler.samples_late(self._now())
 
 
 def _root(ending: _Ending, trace: Trace, now: float) -> SpanRecord:
@@ -257,6 +261,8 @@ def _reconstructed(journey: Journey, trace: Trace, now: float) -> list[SpanRecor
     records: list[SpanRecord] = []
     placed_s = journey.placed_s or now
     timings = journey.timings
+    if timings is not None and journey.first_token_s:  # that it was placed may have come along with its first token
+        placed_s = min(placed_s, journey.first_token_s - timings.prefill_s - timings.kv_transfer_s)
     queue_s = timings.queue_s if timings is not None else 0.0
     span(spans.QUEUE.name, placed_s - queue_s if queue_s else journey.submitted_s, placed_s)
     if timings is None:

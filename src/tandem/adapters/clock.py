@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import secrets
 import time
+
+_random = random.Random()
 
 #: Seconds of this process's monotonic clock. Never compared with another process's.
 monotonic = time.monotonic
@@ -22,6 +25,11 @@ def unix_nanoseconds() -> int:
 def new_incarnation() -> int:
     """Random, non-zero, 63 bits: tells one start of a process from another."""
     return secrets.randbits(62) + 1
+
+
+def new_id() -> str:
+    """128 random bits as hex, for what only must not be the same twice: no secret, and no system call for each."""
+    return f"{_random.getrandbits(128):032x}"
 
 
 def new_name(prefix: str) -> str:
