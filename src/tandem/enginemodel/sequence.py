@@ -73,31 +73,43 @@ class Pull:
     num_blocks: int
 
 
-@dataclass(slots=True)
 class Output:
-    """News about one request; ``token`` is None where no tokens are modelled, or none was drawn."""
+    """News about one request; ``token`` is None where no tokens are modelled, or none was drawn. A plain class, as it
+    is made for every token."""
 
-    sequence: Sequence
-    token: int | None = None
-    finish: FinishReason | None = None
-    stop_token_id: int | None = None
-    handoff: Handoff | None = None
+    __slots__ = ("finish", "handoff", "sequence", "stop_token_id", "token")
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        token: int | None = None,
+        finish: FinishReason | None = None,
+        stop_token_id: int | None = None,
+        handoff: Handoff | None = None,
+    ) -> None:
+        self.sequence = sequence
+        self.token = token
+        self.finish = finish
+        self.stop_token_id = stop_token_id
+        self.handoff = handoff
 
 
-@dataclass(slots=True)
 class StepResult:
     """One step (or ``steps`` equal decode steps): outputs hold at its end, ``duration_s`` after its begin.
 
     ``released`` names the requests whose remote KV was all cached here already, so that nothing is pulled.
     """
 
-    duration_s: float = 0.0
-    steps: int = 0
-    outputs: list[Output] = field(default_factory=list)
-    events: list[CacheEvent] = field(default_factory=list)
-    pulls: list[Pull] = field(default_factory=list)
-    released: list[str] = field(default_factory=list)
-    timing: StepTiming | None = None
+    __slots__ = ("duration_s", "events", "outputs", "pulls", "released", "steps", "timing")
+
+    def __init__(self, duration_s: float = 0.0, steps: int = 0) -> None:
+        self.duration_s = duration_s
+        self.steps = steps
+        self.outputs: list[Output] = []
+        self.events: list[CacheEvent] = []
+        self.pulls: list[Pull] = []
+        self.released: list[str] = []
+        self.timing: StepTiming | None = None
 
 
 @dataclass(frozen=True, slots=True)

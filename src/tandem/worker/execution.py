@@ -215,6 +215,8 @@ class Execution:
         self._runs += 1
         running = Running(
             key=codec.key_from_wire(submit.key),
+            frontend=submit.frontend,
+            rid=submit.rid,
             submit=submit,
             leg=leg,
             accepted_at=self._now(),

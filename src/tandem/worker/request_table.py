@@ -25,6 +25,9 @@ class Running(Struct, eq=False):
     """One request on this worker. Times are this process's monotonic clock."""
 
     key: RequestKey
+    #: Who reads its tokens, and its number for it; from ``submit``, and asked for with every token.
+    frontend: str
+    rid: int
     submit: bus_pb2.Submit
     leg: bus_pb2.Leg
     accepted_at: float
@@ -46,14 +49,6 @@ class Running(Struct, eq=False):
     pulls: bool = False
     #: What only its trace needs; None = it is not traced.
     stay: Stay | None = None
-
-    @property
-    def frontend(self) -> str:
-        return self.submit.frontend
-
-    @property
-    def rid(self) -> int:
-        return self.submit.rid
 
 
 class RequestTable:

@@ -12,7 +12,8 @@ from tandem.worker.request_table import RequestTable, Running
 
 def running(request_id: str, attempt: int = 0, choice: int = 0, frontend: str = "f") -> Running:
     submit = bus_pb2.Submit(frontend=frontend, rid=attempt + 1)
-    return Running(RequestKey(request_id, attempt, choice), submit, bus_pb2.LEG_LOCAL, 0.0, "engine-1")
+    key = RequestKey(request_id, attempt, choice)
+    return Running(key, submit.frontend, submit.rid, submit, bus_pb2.LEG_LOCAL, 0.0, "engine-1")
 
 
 def table() -> RequestTable:
