@@ -69,6 +69,12 @@ def bounces(cluster: str, sender: str) -> str:
     return f"tandem.{encode(cluster)}.bounces.{encode(sender)}.*"
 
 
+@lru_cache(maxsize=4096)
+def bounce_of(cluster: str, sender: str, peer: str) -> str:
+    """``bounce`` about a process: the same with every message to it."""
+    return bounce(cluster, sender, peer)
+
+
 def bounce(cluster: str, sender: str, about: str) -> str:
     """Reply subject of a message: the server's 503 (no responders) comes back here. ``about`` = whom it was for."""
     return f"tandem.{encode(cluster)}.bounces.{encode(sender)}.{_encode(about)}"

@@ -141,7 +141,7 @@ class Outbox:
             self._publish(
                 subjects.tokens(self._cluster, frontend),
                 message.SerializeToString(),
-                subjects.bounce(self._cluster, self._worker, "f:" + frontend),
+                subjects.bounce_of(self._cluster, self._worker, "f:" + frontend),
             )
         if events:
             batch = bus_pb2.LifecycleEvents(worker=self.ref, events=events)
