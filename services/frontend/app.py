@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -75,6 +76,7 @@ class Frontend:
         self._deployment = wanted
         self._draining = False
         self._last_call: asyncio.TimerHandle | None = None
+        self._leaves_at = math.inf
         #: Somebody wants it to leave.
         self.leaving = asyncio.Event()
         self._stopped = asyncio.Event()
@@ -188,9 +190,10 @@ class Frontend:
     def leave(self, within_s: float) -> None:
         """Begins to. Answers that are open after ``within_s`` end with an error; told again, the sooner counts."""
         loop = asyncio.get_running_loop()
-        if self._last_call is None or loop.time() + within_s < self._last_call.when():
+        if loop.time() + within_s < self._leaves_at:
             if self._last_call is not None:
                 self._last_call.cancel()
+            self._leaves_at = loop.time() + within_s
             error = Leaving("this server is leaving, and its time for open answers is over")
             self._last_call = loop.call_later(within_s, self.cluster.give_up, error)
         self.leaving.set()
@@ -220,11 +223,10 @@ class Frontend:
     async def _see_off(self) -> None:
         """Serves what comes over the connections that are there, while there is time for it."""
         loop = asyncio.get_running_loop()
-        assert self._last_call is not None
         all_told = loop.time() + ALL_TOLD_S
         await asyncio.sleep(LAME_DUCK_S)
         self._http.should_exit = True  # idle connections close; others do with their answer
-        while self._busy() and loop.time() < all_told <= self._last_call.when():  # noqa: ASYNC110
+        while self._busy() and loop.time() < all_told <= self._leaves_at:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
     def _busy(self) -> bool:
@@ -232,8 +234,7 @@ class Frontend:
 
     def _too_late(self) -> bool:
         """For a client that does not read even why its answer ends."""
-        assert self._last_call is not None
-        return asyncio.get_running_loop().time() > self._last_call.when() + LAST_WORDS_S
+        return asyncio.get_running_loop().time() > self._leaves_at + LAST_WORDS_S
 
     async def hang_up(self) -> None:
         """On gRPC calls; for a process that goes on."""

@@ -89,6 +89,7 @@ class Connection(HttpToolsProtocol):
         if not self._owes_an_answer:  # else it would stand in the midst of one
             self.transport.write(_TOO_LONG)
         self.transport.close()
+        self._headers.go_on()  # for one that reads nothing, and so never takes what it is owed
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

@@ -8,7 +8,7 @@ from tandem.adapters.deployment import Class, Deployment, Tenant
 from tandem.errors import InvalidRequest, PermissionDenied, Unauthenticated
 
 _ANYBODY = Tenant(name="default")
-_MOST_KNOWN = 10_000
+_MOST_KNOWN, _LONGEST_KNOWN = 10_000, 256
 
 
 class Tenants:
@@ -36,9 +36,10 @@ class Tenants:
         tenant = self._by_hash.get(hashlib.sha256(key.strip().encode()).hexdigest())
         if tenant is None:
             raise Unauthenticated("this API key is not known")
-        if len(self._known) >= _MOST_KNOWN:
-            self._known.clear()
-        self._known[header or ""] = tenant
+        if header and len(header) <= _LONGEST_KNOWN:  # spaces may make the same key as long as a header can be
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[header] = tenant
         return tenant
 
     def cache_salt(self, tenant: Tenant) -> str:

@@ -261,8 +261,9 @@ def _reconstructed(journey: Journey, trace: Trace, now: float) -> list[SpanRecor
     records: list[SpanRecord] = []
     placed_s = journey.placed_s or now
     timings = journey.timings
-    if timings is not None and journey.first_token_s:  # that it was placed may have come along with its first token
-        placed_s = min(placed_s, journey.first_token_s - timings.prefill_s - timings.kv_transfer_s)
+    if timings is not None and journey.first_token_s >= placed_s:  # that it was placed may have come along with it
+        began_s = journey.first_token_s - timings.prefill_s - timings.kv_transfer_s
+        placed_s = min(placed_s, max(journey.submitted_s, began_s))
     queue_s = timings.queue_s if timings is not None else 0.0
     span(spans.QUEUE.name, placed_s - queue_s if queue_s else journey.submitted_s, placed_s)
     if timings is None:

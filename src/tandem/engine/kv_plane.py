@@ -100,7 +100,7 @@ class KvServer:
                     break
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
-        except (ConnectionError, ValueError, KeyError, IndexError):
+        except (ConnectionError, ValueError, KeyError, IndexError, RuntimeError):
             pass  # a peer that went away or speaks nonsense loses its connection, no more
         finally:
             self._writers.discard(writer)
@@ -129,7 +129,7 @@ async def read_blocks(source: KvSource, blocks: Sequence[int], transfer_s: Calla
         writer.write(json.dumps({"done": source.handoff_id}).encode() + b"\n")
         await writer.drain()
         return [int(content) for content in contents] if len(contents) == len(blocks) else None
-    except (OSError, EOFError, ValueError, KeyError):
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError):  # the last: uvloop, of a connection that is lost
         return None
     finally:
         writer.close()

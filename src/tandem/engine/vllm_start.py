@@ -13,6 +13,7 @@ import fcntl
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator
@@ -194,6 +195,7 @@ def _fork_context() -> Any:
 
     class Process(context.Process):
         def run(self) -> None:
+            signal.set_wakeup_fd(-1)  # inherited: a signal to the child would wake the parent's event loop
             die_with_parent(parent_pid)
             super().run()
 

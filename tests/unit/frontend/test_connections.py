@@ -127,6 +127,7 @@ def test_a_long_head_is_refused_however_it_comes(connection: Connection, head: b
     assert wire(connection).closed
     assert wire(connection).written.startswith(TOO_LONG)
     assert connection.cycle is None, "the request began"
+    assert connection._headers._timer is not None, "a client that reads nothing would hold it for ever"
 
 
 @pytest.mark.parametrize("more", [b"x-1: " + b"y" * 1_000 + b"\r\n", b"y" * 1_000, b"x:\r\n" * 200])
