@@ -165,6 +165,7 @@ class Generation:
 
     @property
     def journeys(self) -> list[Journey]:
+        """None once it is over."""
         return [choice.journey for choice in self._choices if choice.journey is not None]
 
     @property
@@ -172,6 +173,7 @@ class Generation:
         return len(self.request.prompts) * self.request.n
 
     def progress(self) -> Progress:
+        """Not once it is over."""
         first = last = 0.0
         tokens = resubmissions = 0
         for choice in self._choices:
@@ -304,6 +306,13 @@ class Generation:
     def stop(self, journey: Journey) -> None:
         self._cluster.stop(journey)
 
+    def release(self) -> None:
+        """It is over: its parts let go of each other. Else each request would be left to the garbage collector, and
+        the next would be made in memory that no cache holds."""
+        for choice in self._choices:
+            choice.journey = None
+        self._choices.clear()
+
     # -- inside ----------------------------------------------------------------------------------------------------
 
     async def _news(self) -> None:
@@ -360,6 +369,7 @@ class Generations:
             self.on_end(generation)
             if self._traces is not None:
                 self._traces.ended(generation)
+            generation.release()
 
     def _relay_soon(self, generation: Generation) -> None:
         """One call for all that this turn brings."""
