@@ -156,6 +156,7 @@ class PostedRoutes:
         body = await read_body()
         received_s = monotonic()
         exchange = await route(body, caller, arrival_s)
+        del body  # not for as long as the answer takes
         if isinstance(exchange, bytes):
             await response.whole(200, exchange)
             return

@@ -57,7 +57,7 @@ class Intake:
             raise UnknownModel(f"no model {name!r} is served here; there are: {served}", param="model")
         return found
 
-    async def tokenise(self, model: ServedModel, text: str, *, add_special_tokens: bool, param: str) -> list[int]:
+    async def tokenise(self, model: ServedModel, text: str, *, add_special_tokens: bool, param: str) -> Sequence[int]:
         """ContextLengthExceeded at once for a text that is too long whatever its tokens turn out to be."""
         least = model.tokenizer.least_tokens(text)
         if least >= model.max_model_len:
@@ -67,7 +67,7 @@ class Intake:
         except UnicodeEncodeError:
             raise _surrogate(param) from None
 
-    async def tokenise_input(self, model: ServedModel, text: str, *, truncate: int | None, param: str) -> list[int]:
+    async def tokenise_input(self, model: ServedModel, text: str, *, truncate: int | None, param: str) -> Sequence[int]:
         """Of an embedding: at most ``truncate`` tokens, special ones included; None = all, however many."""
         if truncate is None and model.tokenizer.least_tokens(text) > model.max_model_len:
             raise ContextLengthExceeded(

@@ -143,14 +143,14 @@ class OpenAIRoutes:
         )
         return Exchange(request, ResponsesAnswer(wanted, id=request.id, created=unix_milliseconds() // 1000))
 
-    async def _prompts(self, model: ServedModel, wanted: CompletionRequest) -> list[list[int]]:
+    async def _prompts(self, model: ServedModel, wanted: CompletionRequest) -> list[Sequence[int]]:
         prompts = wanted.prompts
         if len(prompts) * (wanted.n or 1) > self._intake.limits.max_n:
             raise InvalidRequest(
                 f"prompt: more than {self._intake.limits.max_n} answers in one request", param="prompt"
             )
         special = wanted.add_special_tokens is not False
-        found = []
+        found: list[Sequence[int]] = []
         for prompt in prompts:
             if isinstance(prompt, str):
                 found.append(await self._intake.tokenise(model, prompt, add_special_tokens=special, param="prompt"))

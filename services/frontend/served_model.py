@@ -6,6 +6,7 @@ Everything comes from the deployment file and from the model's folder; nothing o
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
@@ -56,13 +57,14 @@ class ServedModel:
             raise InvalidRequest(f"model {self.name!r} has no chat template: use completions instead", param="messages")
         return self.template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, extra=extra)
 
-    async def encode(self, text: str, executor: Executor, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of ``text``. Long texts in ``executor``, so that streams do not wait for them."""
+    async def encode(self, text: str, executor: Executor, *, add_special_tokens: bool) -> array[int]:
+        """Token ids of ``text``, packed: a tenth of a list's memory for as long as the request runs. Long texts in
+        ``executor``, so that streams do not wait for them."""
         if len(text) <= self.tokenizer.inline_chars:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            return array("I", self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            executor, lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            executor, lambda: array("I", self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         )
 
 

@@ -51,7 +51,7 @@ class TokenizeRoutes:
         if wanted.return_token_strs:
             strings = [model.tokenizer.token_bytes(token).decode("utf-8", "replace") for token in ids]
         return msgspec.json.encode(
-            {"count": len(ids), "max_model_len": model.max_model_len, "tokens": ids, "token_strs": strings}
+            {"count": len(ids), "max_model_len": model.max_model_len, "tokens": list(ids), "token_strs": strings}
         )
 
     async def detokenize(self, body: bytes, caller: Caller, arrival_s: float) -> bytes:
