@@ -131,7 +131,9 @@ class _Exchange:
         self._parts: list[bytes] = []
         self._size = 0
         self._failure: TandemError | None = None
-        self._received = asyncio.Event()
+        #: Nothing more of it is waited for; and who waits until then.
+        self._received = False
+        self._reader: asyncio.Future[None] | None = None
         self._on_leave: Callable[[], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -139,11 +141,11 @@ class _Exchange:
 
     def expect_body(self) -> None:
         """In time, from now on: nothing is read of one that waits for its turn, and most come at once."""
-        if self._timer is None and not self._received.is_set():
+        if self._timer is None and not self._received:
             self._timer = self._connection.loop.call_later(BODY_TIMEOUT_S, self._too_late)
 
     def feed(self, part: bytes) -> None:
-        if self._received.is_set():
+        if self._received:
             return
         self._size += len(part)
         if self._size > self.limit:
@@ -152,14 +154,19 @@ class _Exchange:
             self._parts.append(part)
 
     def complete(self) -> None:
-        if self._received.is_set():
+        if self._received:
             return
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._received.set()
+        self._receive()
         if not self.queued:
             self._connection.begin(self)
+
+    def _receive(self) -> None:
+        self._received = True
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def fail(self, error: TandemError) -> None:
         self._failure = error
@@ -170,7 +177,9 @@ class _Exchange:
         self.fail(RequestTimeout(f"the body did not arrive within {BODY_TIMEOUT_S:.0f} s"))
 
     async def _read_body(self) -> bytes:
-        await self._received.wait()
+        if not self._received:
+            self._reader = self._connection.loop.create_future()
+            await self._reader
         if self._failure is not None:
             raise self._failure
         if self.disconnected:
@@ -205,7 +214,7 @@ class _Exchange:
         self.disconnected = True
         if self._timer is not None:
             self._timer.cancel()
-        self._received.set()
+        self._receive()
         if self._on_leave is not None:
             self._on_leave()
 

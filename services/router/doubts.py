@@ -7,18 +7,18 @@ exists nowhere. Pure bookkeeping; ``now`` is an argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+
+from msgspec import Struct
 
 from tandem.core.types import RequestKey
 
 
-@dataclass(slots=True)
-class _Placed:
-    workers: frozenset[str]
+class _Placed(Struct):
+    workers: Sequence[str]
     heard_s: float  # or asked, whichever was later
     #: Those that did not know it when they were asked last.
-    denied: set[str] = field(default_factory=set)
+    denied: tuple[str, ...] = ()
 
 
 class Doubts:
@@ -31,15 +31,16 @@ class Doubts:
     def __len__(self) -> int:
         return len(self._placed)
 
-    def placed(self, key: RequestKey, workers: Iterable[str], now: float) -> None:
-        self._placed[key] = _Placed(frozenset(workers), now)
+    def placed(self, key: RequestKey, workers: Sequence[str], now: float) -> None:
+        """``workers``: who gets the assignment and who is to decode."""
+        self._placed[key] = _Placed(workers, now)
 
     def heard(self, key: RequestKey, now: float) -> None:
         """A worker has shown that it knows it."""
         placed = self._placed.get(key)
         if placed is not None:
             placed.heard_s = now
-            placed.denied.clear()
+            placed.denied = ()
 
     def keep(self, wanted: Callable[[RequestKey], bool]) -> None:
         """Forgets all others."""
@@ -51,8 +52,8 @@ class Doubts:
         for key, placed in self._placed.items():
             if now - placed.heard_s >= self._ask_s:
                 placed.heard_s = now
-                placed.denied.clear()
-                for worker in placed.workers:
+                placed.denied = ()
+                for worker in set(placed.workers):
                     asked.setdefault(worker, []).append(key)
         return asked
 
@@ -61,5 +62,5 @@ class Doubts:
         placed = self._placed.get(key)
         if placed is None:
             return False
-        placed.denied.add(worker)
-        return placed.denied >= placed.workers
+        placed.denied += (worker,)
+        return all(worker in placed.denied for worker in placed.workers)

@@ -432,13 +432,12 @@ class ModelRouter:
         )
         if plan.leg is Leg.PREFILL:
             assignment.decode.CopyFrom(codec.address_to_wire(self.fleet.members[plan.decode_worker].spec.address))
-        about = f"{first} {key.id} {key.attempt} {key.choice}"
         data = bus_pb2.WorkerMessage(assignment=assignment).SerializeToString()
-        reply = subjects.bounce(self._cluster, self._bounce_name, about)
+        reply = subjects.bounce(self._cluster, self._bounce_name, first, key.id, str(key.attempt), str(key.choice))
         if not self._publish(subjects.work(self._cluster, first), data, reply):
             self._fail(key, WorkerLostError(f"assignment to {first} could not be sent"))
         submitted.raw = b""
-        self._doubts.placed(key, {first, plan.decode_worker}, self._now())
+        self._doubts.placed(key, (first, plan.decode_worker), self._now())
         if submitted.stay is not None:
             self._traces.placed(submitted.stay, effect)
             submitted.stay = None

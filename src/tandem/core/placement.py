@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tandem.core.accounting import Reading, WorkerView
@@ -86,7 +86,19 @@ class Inquiry:
         """With the pace aimed at near the best that there is now."""
         aim = self.targets
         pace = Targets(aim.ttft_s, min(aim.tpot_s, slack * best_tpot_s), aim.binding, aim.near)
-        return replace(self, targets=pace)
+        return Inquiry(  # a tenth of what ``dataclasses.replace`` takes
+            self.request,
+            self.cached,
+            pace,
+            self.waited_s,
+            self.expected_osl,
+            self.stream_osl,
+            self.reserve_tokens,
+            self.avoid,
+            self.credit_s,
+            self.guard_share,
+            self.reserved,
+        )
 
 
 #: Of a score, as explanations name them.

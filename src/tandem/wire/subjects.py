@@ -9,9 +9,12 @@ import re
 from functools import lru_cache
 
 _UNSAFE = re.compile(rb"[^a-zA-Z0-9-]")
+_SPACE = "_20"  # encoded
 
 
 def _encode(token: str) -> str:
+    if token.isascii() and token.replace("-", "").isalnum():  # as most are: nothing to do
+        return token
     if not token:
         return "_"
     return _UNSAFE.sub(lambda found: b"_%02x" % found[0][0], token.encode()).decode()
@@ -75,9 +78,10 @@ def bounce_of(cluster: str, sender: str, peer: str) -> str:
     return bounce(cluster, sender, peer)
 
 
-def bounce(cluster: str, sender: str, about: str) -> str:
-    """Reply subject of a message: the server's 503 (no responders) comes back here. ``about`` = whom it was for."""
-    return f"tandem.{encode(cluster)}.bounces.{encode(sender)}.{_encode(about)}"
+def bounce(cluster: str, sender: str, *about: str) -> str:
+    """Reply subject of a message: the server's 503 (no responders) comes back here. ``about`` = whom it was for, and
+    what: its last token decodes to these, with a space between."""
+    return f"tandem.{encode(cluster)}.bounces.{encode(sender)}.{_SPACE.join(map(_encode, about))}"
 
 
 def aborts(cluster: str, model: str) -> str:
