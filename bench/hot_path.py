@@ -24,11 +24,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from bench.serve.load import chat, words
 from services.frontend.app import Frontend
 from services.frontend.config import FrontendSettings
 from tandem.adapters import deployment
 from tandem.adapters.bus import BusStats, Handler, Message
+from tandem.adapters.entry import collect_rarely
 from tandem.models.prepare import resolve_model
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import subjects
@@ -236,10 +239,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="auto", choices=("auto", "hf"))
     parser.add_argument("--profile", metavar="ISL/OSL/BURST", help="cProfile of such requests instead")
     options = parser.parse_args()
+    collect_rarely()
     if options.profile:
-        asyncio.run(_profile(*map(int, options.profile.split("/"))))
+        uvloop.run(_profile(*map(int, options.profile.split("/"))))
         return
-    figures = asyncio.run(frontend_figures(options.requests, tokenizer=options.tokenizer))
+    figures = uvloop.run(frontend_figures(options.requests, tokenizer=options.tokenizer))
     unit = figures.pop("yardstick")
     print(f"yardstick {unit / 1e3:.1f} ms")
     for name, value in figures.items():

@@ -275,7 +275,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", choices=sorted(ROOM_MIB), default="vllm")
     parser.add_argument("--dev", action="store_true", help="what tests and checks need, too")
-    parser.add_argument("--this-python", action="store_true", help="do not look for a faster Python of the same version")
+    parser.add_argument(
+        "--this-python", action="store_true", help="do not look for a faster Python of the same version"
+    )
     args = parser.parse_args()
     todo = [step for step in steps(args.engine, args.dev, args.this_python) if not is_done(step)]
     if not todo:

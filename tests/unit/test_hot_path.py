@@ -7,9 +7,15 @@ tokenisation, a task or a dataclass per token, or a lost coalescing break them; 
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
-from bench.hot_path import frontend_figures
+from bench.hot_path import MODEL, FrontendPath, frontend_figures
+from services.frontend.generation import Generation, GenerationRequest
+from services.frontend.journey import Journey
+from services.frontend.openai_responses import Answer
+from tandem.models.prepare import resolve_model
 
 #: In yardsticks per request.
 BOUNDS = {
@@ -27,3 +33,18 @@ async def test_cpu_per_request_keeps_its_ratio_to_the_yardstick() -> None:
     ratios = {name: value / unit for name, value in figures.items()}
     too_much = {name: round(ratio, 3) for name, ratio in ratios.items() if ratio > BOUNDS[name]}
     assert not too_much, f"all of them: {ratios}"
+
+
+async def test_a_request_that_is_over_is_not_left_to_the_garbage_collector() -> None:
+    path = FrontendPath(resolve_model(MODEL, weights=False, progress=lambda line: None))
+    await path.open()
+    try:
+        gc.collect()
+        gc.disable()
+        await path.run(isl=128, osl=32, batch=8, burst=8)
+        kinds = (Generation, GenerationRequest, Journey, Answer)
+        left = [type(found).__name__ for found in gc.get_objects() if isinstance(found, kinds)]
+    finally:
+        gc.enable()
+        await path.close()
+    assert left == []

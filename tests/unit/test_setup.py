@@ -91,6 +91,36 @@ def test_a_package_that_cannot_be_had_is_named(setup: Any, tmp_path: Path, monke
         setup.pip("--no-index", "--no-deps", "tandem-no-such-package==1")
 
 
+@pytest.mark.parametrize(
+    ("version", "headers", "seconds", "taken"),
+    [
+        ("[3, 11]", "true", 1e-6, True),
+        ("[3, 12]", "true", 1e-6, False),
+        ("[3, 11]", "false", 1e-6, False),
+        ("[3, 11]", "true", 1e6, False),
+    ],
+    ids=["much faster", "another version", "nothing to compile against", "slower"],
+)
+def test_the_fastest_python_that_lacks_nothing_is_taken(
+    setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, headers: str, seconds: float, taken: bool
+) -> None:
+    own = setup.Interpreter("/own", True, 0.01)
+    other = tmp_path / "python3.11"
+    other.write_text(f"#!/bin/sh\necho '[{version}, \"/other\", {headers}, {seconds}]'\n")
+    other.chmod(0o755)
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")  # one that cannot make virtual environments
+    (tmp_path / "python3").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    probe = setup.probe
+    monkeypatch.setattr(setup, "probe", lambda program: own if program == "/own" else probe(program))
+    assert setup.choose_python("/own") == ("/other" if taken else "/own")
+
+
+def test_this_python_can_be_probed(setup: Any) -> None:
+    found = setup.probe(sys.executable)
+    assert found is not None and Path(found.path).exists() and 0 < found.seconds < 60
+
+
 def test_another_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 12, 1, "final", 0))
     with pytest.raises(SystemExit, match=r"(?s)needs Python 3.11, and this is Python 3.12.*make PYTHON="):

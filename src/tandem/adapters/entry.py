@@ -29,7 +29,7 @@ def run_service(cls: type[S], main: Callable[[S], Coroutine[Any, Any, None]]) ->
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        _collect_rarely()
+        collect_rarely()
         uvloop.run(main(settings))
     except TandemError as error:
         _fail(error)
@@ -43,9 +43,10 @@ def run_service(cls: type[S], main: Callable[[S], Coroutine[Any, Any, None]]) ->
         sys.exit(130)
 
 
-def _collect_rarely() -> None:
-    """A request makes hundreds of objects and hardly a cycle. With the collector's own thresholds it took a ninth of a
-    busy frontend's CPU, most of it on modules and classes, which never become garbage."""
+def collect_rarely() -> None:
+    """A request makes hundreds of objects and no cycle. With the collector's own thresholds it took a ninth of a busy
+    frontend's CPU, most of it on modules and classes, which never become garbage; and those of a few hundred requests
+    in flight are soon more than its thresholds."""
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
 
