@@ -174,7 +174,7 @@ class RedisPrefixIndex:
         self._sweeping: set[str] = set()
 
     async def lookup(self, model: str, hashes: bytes) -> Mapping[int, int]:
-        flat: list[Any] = await self._redis.look(_LOOKUP, self._keys, encode(model), hashes)
+        flat: list[Any] = await self._redis.run_piped(_LOOKUP, self._keys, encode(model), hashes)
         return {
             8 * place + bit: depth
             for depth, bitmap in zip(flat[::2], flat[1::2], strict=True)
@@ -191,7 +191,7 @@ class RedisPrefixIndex:
         batches = [(remove[i : i + _UPDATE_BLOCKS], ()) for i in range(0, len(remove), _UPDATE_BLOCKS)]
         batches += [((), add[i : i + _UPDATE_BLOCKS]) for i in range(0, len(add), _UPDATE_BLOCKS)]
         for gone, new in batches or [((), ())]:
-            if not await self._redis.run(_UPDATE, self._keys, model, owner, spec.slot, _packed(gone), _packed(new)):
+            if not await self._redis.run_piped(_UPDATE, self._keys, model, owner, spec.slot, _packed(gone), _packed(new)):
                 return False
         return True
 

@@ -103,6 +103,8 @@ class SimEngine:
         self._vocabulary = Vocabulary(())
         self._live: dict[str, _Live] = {}
         self._undelivered: list[tuple[Sink, EngineOutput]] = []
+        #: By request, of steps that took no time: nothing of them could leave before the loop's turn ends.
+        self._kept: dict[str, list[Output]] = {}
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._notices: set[asyncio.Task[None]] = set()
         self._link = Link(self._args.link_bytes_per_s * (self._args.speedup or 1.0))
@@ -297,6 +299,7 @@ class SimEngine:
             self._start_pulls(result)
             if result.steps == 0:
                 self._publish(result.events)
+                self._deliver_kept()
                 await self._wait_for_work(now)
                 continue
             end = begin + result.duration_s
@@ -308,8 +311,11 @@ class SimEngine:
                 self._timings.append(replace(result.timing, duration_s=max(self._last_step_at - begin, 0.0)))
             self._publish(result.events)
             for output in result.outputs:
-                self._deliver(output)
-            if not result.duration_s and self._now() - breathed > _BREATH_S:
+                self._kept.setdefault(output.sequence.request_id, []).append(output)
+            if result.duration_s:
+                self._deliver_kept()
+            elif self._now() - breathed > _BREATH_S:
+                self._deliver_kept()
                 await asyncio.sleep(0)  # after the delivery: a first token does not wait for the rest
                 breathed = self._now()
 
@@ -319,45 +325,54 @@ class SimEngine:
             async with asyncio.timeout(None if expiry is None else max(0.001, expiry - now)):
                 await self._wake.wait()
 
-    def _deliver(self, output: Output) -> None:
-        request_id = output.sequence.request_id
+    def _deliver_kept(self) -> None:
+        kept, self._kept = self._kept, {}
+        for outputs in kept.values():
+            self._deliver(outputs)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        """``outputs``: of one request, one or more."""
+        last = outputs[-1]
+        request_id, cached = last.sequence.request_id, last.sequence.cached_tokens
         live = self._live.get(request_id)
         if live is None:  # aborted while this step ran
-            if output.handoff is not None:
-                self._model.release_handoff(output.handoff.handoff_id)
+            if last.handoff is not None:
+                self._model.release_handoff(last.handoff.handoff_id)
             return
         counts = self._counts
-        if output.finish is not None:
+        if last.finish is not None:
             del self._live[request_id]
-            counts.ended[output.finish] += 1
+            counts.ended[last.finish] += 1
         if not live.started:
-            counts.started(len(live.request.prompt), output.sequence.cached_tokens or 0)
-        counts.generated_tokens += output.token is not None
-        live.sink(self._engine_output(output, live))
+            counts.started(len(live.request.prompt), cached or 0)
+        tokens = [output.token for output in outputs if output.token is not None]
+        counts.generated_tokens += len(tokens)
+        live.sink(self._engine_output(tokens, last, live))
         live.started = True
 
-    def _engine_output(self, output: Output, live: _Live) -> EngineOutput:
-        sampling, token = live.request.sampling, output.token
+    def _engine_output(self, tokens: list[int], last: Output, live: _Live) -> EngineOutput:
+        sampling = live.request.sampling
         first = not live.started
+        cached = last.sequence.cached_tokens
         if live.request.embed:
             vector = hashed_embedding(live.request.prompt, self._args.embedding_size)
-            cached = output.sequence.cached_tokens
             return EngineOutput(finish=FinishReason.STOP, cached_tokens=cached, embedding=vector)
         logprobs = prompt_logprobs = None
-        if sampling.logprobs is not None and token is not None:
-            logprobs = [live.content.logprobs(token, max(1, sampling.logprobs))]
+        if sampling.logprobs is not None and tokens:
+            count = max(1, sampling.logprobs)
+            logprobs = [live.content.logprobs(token, count) for token in tokens]
         if sampling.prompt_logprobs is not None and first:
             count = max(1, sampling.prompt_logprobs)
             prompt_logprobs = [None, *(live.content.logprobs(t, count) for t in live.request.prompt[1:])]
         return EngineOutput(
-            token_ids=() if token is None else (token,),
-            finish=output.finish,
-            stop_token_id=output.stop_token_id,
-            cached_tokens=output.sequence.cached_tokens if first else None,
+            token_ids=tokens,
+            finish=last.finish,
+            stop_token_id=last.stop_token_id,
+            cached_tokens=cached if first else None,
             transferred_bytes=live.transferred_bytes if first else None,
             transfer_s=live.transfer_s if first else None,
             transfer_ended_s=live.transfer_ended_s if first else None,
-            handoff=None if output.handoff is None else self._handoff(output),
+            handoff=None if last.handoff is None else self._handoff(last),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
@@ -376,6 +391,7 @@ class SimEngine:
 
     def _end_all(self, output: EngineOutput) -> None:
         self._deliver_rest()
+        self._deliver_kept()
         live, self._live = self._live, {}
         for one in live.values():
             one.sink(output)
