@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -102,6 +102,8 @@ class ModelRouter:
         self._submitted: dict[RequestKey, _Submitted] = {}
         #: Of these, those about which the index is being asked: the scheduler does not know them yet.
         self._looking: set[RequestKey] = set()
+        #: Of these, those about which it is going to be asked, with their block hashes.
+        self._arrived: list[tuple[Request, bytes]] = []
         self._fences = Fences()
         self._doubts = Doubts(settings.ask_after_s)
         self._tasks: asyncio.TaskGroup | None = None
@@ -155,7 +157,7 @@ class ModelRouter:
             await self.fleet.close()
 
     async def explain(self, request: Request, hashes: bytes) -> Explanation:
-        return self.scheduler.explain(request, await self._cached(hashes), self._now())
+        return self.scheduler.explain(request, (await self._cached([hashes]))[0], self._now())
 
     def reconfigure(self, policy: Policy, classes: Mapping[str, RequestClass], tenants: Mapping[str, Tenant]) -> None:
         """For what is decided from now on."""
@@ -181,15 +183,22 @@ class ModelRouter:
         stay = self._traces.arrived(submit.traceparent, request)
         self._submitted[key] = _Submitted(message.data, submit.frontend, submit.rid, now, stay)
         self._looking.add(key)
-        assert self._tasks is not None
-        self._tasks.create_task(self._take(request, submit.block_hashes))
+        if not self._arrived:  # one task and one question to the index for all of this turn
+            assert self._tasks is not None
+            self._tasks.create_task(self._take_arrived())
+        self._arrived.append((request, submit.block_hashes))
         return None
 
-    async def _take(self, request: Request, hashes: bytes) -> None:
-        cached = await self._cached(hashes)
-        if request.key not in self._looking:
-            return  # cancelled while we looked
-        self._looking.remove(request.key)
+    async def _take_arrived(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        found = await self._cached([hashes for _, hashes in arrived])
+        for (request, _), cached in zip(arrived, found, strict=True):
+            if request.key in self._looking:  # else cancelled while we looked
+                self._looking.remove(request.key)
+                self._take(request, cached)
+        self._poll_soon()
+
+    def _take(self, request: Request, cached: Mapping[str, int]) -> None:
         stay = self._submitted[request.key].stay
         if stay is not None:
             self._traces.queued(stay, cached, self.scheduler.num_queued)
@@ -197,22 +206,23 @@ class ModelRouter:
             self.scheduler.submit(request, cached, self._now())
         except TandemError as error:
             self._refuse(request.key, error)
-        self._poll_soon()
 
-    async def _cached(self, hashes: bytes) -> Mapping[str, int]:
-        """worker -> cached prompt tokens. Empty when the index cannot be asked: routing goes on by load alone."""
-        if not hashes:
-            return {}
+    async def _cached(self, prompts: Sequence[bytes]) -> Sequence[Mapping[str, int]]:
+        """worker -> cached prompt tokens, of each. Empty when the index cannot be asked: routing goes on by load
+        alone."""
+        if not any(prompts):
+            return [{}] * len(prompts)
         try:
-            depths = await self._index.lookup(self.model, hashes)
+            found = await self._index.lookup_all(self.model, prompts)
         except StoreUnavailable as error:
             if not self.index_away:
                 log.warning("routing by load alone: %s", error)
             self.index_away = True
-            return {}
+            return [{}] * len(prompts)
         self.index_away = False
-        if not depths:
-            return {}
+        return [self._by_worker(depths) if depths else {} for depths in found]
+
+    def _by_worker(self, depths: Mapping[int, int]) -> Mapping[str, int]:
         slots = self.fleet.slots
         known = [(slots[slot], depth) for slot, depth in depths.items() if slot in slots]
         return {worker: depth * block_size for (worker, block_size), depth in known}

@@ -56,6 +56,9 @@ async def test_depth_per_worker(world: World) -> None:
     assert await world.index.lookup(MODEL, packed(chain(7, 8))) == {}
     assert await world.index.lookup(MODEL, b"") == {}
     assert await world.index.lookup("other", packed(prompt)) == {}
+    prompts = [packed(prompt[:36]), b"", packed(chain(7, 8)), packed(prompt)]
+    assert await world.index.lookup_all(MODEL, prompts) == [await world.index.lookup(MODEL, p) for p in prompts]
+    assert await world.index.lookup_all(MODEL, []) == []
     assert await world.index.size(MODEL) == 102
     assert await world.index.size("other") == 0
 
@@ -245,6 +248,7 @@ async def test_a_server_that_is_paused_costs_lookups_a_deadline_and_one_that_was
         await index.update(worker, add=chain(1, 2), remove=[])
         server.pause()
         asked = [index.lookup(MODEL, packed(chain(1, 2))) for _ in range(50)]
+        asked.append(index.lookup_all(MODEL, [packed(chain(1, 2))] * 3))  # type: ignore[arg-type]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert {type(answer) for answer in answers} == {StoreUnavailable}
         server.resume()
@@ -257,6 +261,8 @@ async def test_a_server_that_is_paused_costs_lookups_a_deadline_and_one_that_was
                 await asyncio.sleep(0.05)
         answers = await asyncio.gather(*(index.lookup(MODEL, packed(chain(1))) for _ in range(200)))
         assert answers == [{}] * 200
+        await client.call("SCRIPT", "FLUSH")
+        assert await index.lookup_all(MODEL, [packed(chain(1))] * 3) == [{}] * 3
         await client.aclose()
         with pytest.raises(StoreUnavailable):
             await index.lookup(MODEL, packed(chain(1)))

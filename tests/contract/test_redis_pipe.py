@@ -52,7 +52,7 @@ async def serving(answer: bytes, *, timeout_s: float) -> AsyncIterator[tuple[Ser
 async def test_all_who_wait_share_one_attempt_and_its_deadline() -> None:
     async with serving(b"", timeout_s=1.0) as (server, pipe):
         began = time.monotonic()
-        calls = [pipe.run(SCRIPT, []) for _ in range(20)]
+        calls = [pipe.run(SCRIPT, [], [()]) for _ in range(20)]
         failures = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(failure, StoreUnavailable) for failure in failures), failures
         assert time.monotonic() - began < 10.0, "one deadline, not one for each"
@@ -63,7 +63,7 @@ async def test_a_refused_login_leaves_no_connection_and_is_not_tried_again_at_on
     async with serving(b"-WRONGPASS invalid\r\n", timeout_s=10.0) as (server, pipe):
         for _ in range(5):
             with pytest.raises(StoreUnavailable, match="WRONGPASS"):
-                await pipe.run(SCRIPT, [])
+                await pipe.run(SCRIPT, [], [()])
         assert server.accepted < 5
         async with asyncio.timeout(10.0):
             while server.open:  # noqa: ASYNC110

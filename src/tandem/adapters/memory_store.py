@@ -199,6 +199,9 @@ class MemoryPrefixIndex:
         depths = {slot: _depth(wanted, index.blocks.get(slot, set())) for slot in index.slots}
         return {slot: depth for slot, depth in depths.items() if depth}
 
+    async def lookup_all(self, model: str, prompts: Sequence[bytes]) -> list[Mapping[int, int]]:
+        return [await self.lookup(model, hashes) for hashes in prompts]
+
     async def update(self, spec: WorkerSpec, *, add: Sequence[int], remove: Sequence[int]) -> bool:
         self._store.check()
         if not self._store.owns(spec):

@@ -1,4 +1,5 @@
-"""Calls to Redis with a deadline each and one kind of failure, over redis-py (what each request costs: over redis_pipe.py).
+"""Calls to Redis with a deadline each and one kind of failure, over redis-py; what every request costs: over
+redis_pipe.py.
 
 Whatever keeps Redis from answering - away, restarting, too slow, refusing - is StoreUnavailable; the next call tries
 anew. Any other error reply is a defect of ours: InternalError.
@@ -70,9 +71,10 @@ class RedisClient:
         except redis_errors.NoScriptError:
             return await self._call(script.name, "EVAL", script.source, len(keys), *keys, *args)
 
-    async def run_piped(self, script: Script, keys: Sequence[str], *args: Argument) -> Any:
-        """As ``run`` at a fraction of its CPU, over a connection for short calls only, which many share at a time."""
-        return await self._pipe.run(script, keys, *args)
+    async def run_piped(self, script: Script, keys: Sequence[str], calls: Sequence[Sequence[Argument]]) -> list[Any]:
+        """As ``run``, once with each of ``calls`` as its arguments, at a fraction of the CPU: over a connection for
+        short calls only, which many share at a time."""
+        return await self._pipe.run(script, keys, calls)
 
     async def call(self, *command: Argument) -> Any:
         return await self._call(str(command[0]), *command)

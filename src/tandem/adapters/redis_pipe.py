@@ -1,10 +1,10 @@
 """Scripts over one Redis connection, pipelined: what a turn of the event loop asks leaves in one write.
 
-For the call that every request makes, the router's look-up: no pool, lock, task or timer per call, and hiredis reads
-the replies, which takes a third to a fifth of redis-py's CPU (docs/decisions/library-clients.md). Calls are answered in
-their order; when the first of them is not within ``timeout_s``, all that wait fail with StoreUnavailable and the
-connection is given up. The next call makes a new one: one attempt for all who wait, and none for a moment after one
-that nobody answered or whose login was refused.
+For what every request costs, the router's look-up and the workers' updates: no pool, lock, task or timer per call, and
+hiredis reads the replies, which takes a third to a fifth of redis-py's CPU (docs/decisions/library-clients.md). Calls
+are answered in their order; when the first of them is not within ``timeout_s``, all that wait fail with
+StoreUnavailable and the connection is given up. The next call makes a new one: one attempt for all who wait, and none
+for a moment after one that nobody answered or whose login was refused.
 """
 
 from __future__ import annotations
@@ -43,18 +43,29 @@ class RedisPipe:
         self._paused_until = 0.0
         self._closed = False
 
-    async def run(self, script: Script, keys: Sequence[str], *args: Argument) -> Any:
-        """One round trip, two when the server does not know the script yet (it was started anew)."""
-        reply = await self._ask(("EVALSHA", script.sha, len(keys), *keys, *args))
-        if isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
-            reply = await self._ask(("EVAL", script.source, len(keys), *keys, *args))
-        return _checked(reply, script.name)
+    async def run(self, script: Script, keys: Sequence[str], calls: Sequence[Sequence[Argument]]) -> list[Any]:
+        """The script's answers to each of ``calls``, its arguments. One round trip for all, two when the server does
+        not know the script yet (it was started anew)."""
+        replies = await self._ask([("EVALSHA", script.sha, len(keys), *keys, *args) for args in calls])
+        unknown = [i for i, reply in enumerate(replies) if type(reply) is hiredis.ReplyError and _is_unknown(reply)]
+        if unknown:
+            again = await self._ask([("EVAL", script.source, len(keys), *keys, *calls[i]) for i in unknown])
+            for i, reply in zip(unknown, again, strict=True):
+                replies[i] = reply
+        return [_checked(reply, script.name) for reply in replies]
 
-    async def _ask(self, command: tuple[Argument, ...]) -> Any:
+    async def _ask(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
         connection = self._connection
         if connection is None or connection.lost:
             connection = await self._connect()
-        return await connection.ask(_pack(command))
+        answers = [connection.ask(_pack(command)) for command in commands]
+        try:
+            return [await answer for answer in answers]
+        except BaseException:
+            for answer in answers:  # the others have failed with it, or nobody waits for them
+                if not answer.cancel() and not answer.cancelled():
+                    answer.exception()
+            raise
 
     async def _connect(self) -> _Connection:
         if self._closed:
@@ -188,6 +199,10 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.lost:
             self.give_up(f"Redis is not reachable: {exc or 'closed by the server'}")
+
+
+def _is_unknown(reply: hiredis.ReplyError) -> bool:
+    return str(reply).startswith("NOSCRIPT")
 
 
 def _checked(reply: Any, what: str) -> Any:

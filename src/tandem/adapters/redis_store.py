@@ -174,14 +174,11 @@ class RedisPrefixIndex:
         self._sweeping: set[str] = set()
 
     async def lookup(self, model: str, hashes: bytes) -> Mapping[int, int]:
-        flat: list[Any] = await self._redis.run_piped(_LOOKUP, self._keys, encode(model), hashes)
-        return {
-            8 * place + bit: depth
-            for depth, bitmap in zip(flat[::2], flat[1::2], strict=True)
-            for place, byte in enumerate(bitmap)
-            if byte
-            for bit in _BITS[byte]
-        }
+        return (await self.lookup_all(model, [hashes]))[0]
+
+    async def lookup_all(self, model: str, prompts: Sequence[bytes]) -> list[Mapping[int, int]]:
+        name = encode(model)
+        return list(map(_depths, await self._redis.run_piped(_LOOKUP, self._keys, [(name, h) for h in prompts])))
 
     async def update(self, spec: WorkerSpec, *, add: Sequence[int], remove: Sequence[int]) -> bool:
         """In calls of bounded length; prefix-closed after each of them if ``add`` names parents before children and
@@ -191,7 +188,8 @@ class RedisPrefixIndex:
         batches = [(remove[i : i + _UPDATE_BLOCKS], ()) for i in range(0, len(remove), _UPDATE_BLOCKS)]
         batches += [((), add[i : i + _UPDATE_BLOCKS]) for i in range(0, len(add), _UPDATE_BLOCKS)]
         for gone, new in batches or [((), ())]:
-            if not await self._redis.run_piped(_UPDATE, self._keys, model, owner, spec.slot, _packed(gone), _packed(new)):
+            call = model, owner, spec.slot, _packed(gone), _packed(new)
+            if not (await self._redis.run_piped(_UPDATE, self._keys, [call]))[0]:
                 return False
         return True
 
@@ -225,6 +223,17 @@ class RedisPrefixIndex:
             log.warning("sweep of the prefix index of %s put off to the next registration: %s", model, error)
         finally:
             self._sweeping.discard(model)
+
+
+def _depths(flat: list[Any]) -> Mapping[int, int]:
+    """From (depth, bitmap of slots) pairs."""
+    return {
+        8 * place + bit: depth
+        for depth, bitmap in zip(flat[::2], flat[1::2], strict=True)
+        for place, byte in enumerate(bitmap)
+        if byte
+        for bit in _BITS[byte]
+    }
 
 
 def _packed(hashes: Sequence[int]) -> bytes:

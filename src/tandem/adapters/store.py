@@ -73,6 +73,10 @@ class PrefixIndex(Protocol):
         none are absent, and so are masked slots. One round trip."""
         ...
 
+    async def lookup_all(self, model: str, prompts: Sequence[bytes]) -> list[Mapping[int, int]]:
+        """``lookup`` of each, in one round trip for all."""
+        ...
+
     async def update(self, spec: WorkerSpec, *, add: Sequence[int], remove: Sequence[int]) -> bool:
         """Sets and clears this worker's bits, removals first. False when its slot is leased to another incarnation now:
         register again and announce everything."""

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import random
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -41,9 +41,9 @@ class SlowIndex(MemoryPrefixIndex):
         self.may_answer = asyncio.Event()
         self.may_answer.set()
 
-    async def lookup(self, model: str, hashes: bytes) -> Any:
+    async def lookup_all(self, model: str, prompts: Sequence[bytes]) -> Any:
         await self.may_answer.wait()
-        return await super().lookup(model, hashes)
+        return await super().lookup_all(model, prompts)
 
 
 class World:
