@@ -15,8 +15,8 @@ from tandem.telemetry.sampling import Sampler, SamplingPolicy
 from tandem.telemetry.tracing import Tracing
 
 DISTRIBUTION = "tandem-serve"
-#: The console draws what it gets: half a second late at most.
-_CONSOLE_DELAY_MS = 250.0
+#: The console lists what it gets: a second late at most. Each batch costs a millisecond of CPU, twice.
+_CONSOLE_DELAY_MS = 500.0
 #: The SDK's own default is 5 s.
 _DELAY_MS = 1000.0
 
