@@ -253,11 +253,11 @@ async def test_logprobs_have_the_engine_ports_shape(engines: Engines) -> None:
     done = await run(engine, request("a", max_tokens=3, logprobs=4, prompt_logprobs=2))
     for output in done.outputs:
         assert output.logprobs is not None
-        (candidates,) = output.logprobs
-        assert [candidates[0][0]] == list(output.token_ids) and [rank for _, _, rank in candidates] == [1, 2, 3, 4]
+        assert [candidates[0][0] for candidates in output.logprobs] == list(output.token_ids)
+        assert all([rank for _, _, rank in candidates] == [1, 2, 3, 4] for candidates in output.logprobs)
     prompt = done.outputs[0].prompt_logprobs
     assert prompt is not None and len(prompt) == len(PROMPT) and prompt[0] is None
-    assert done.outputs[1].prompt_logprobs is None
+    assert all(output.prompt_logprobs is None for output in done.outputs[1:])
 
 
 async def test_timings_and_time(engines: Engines) -> None:
