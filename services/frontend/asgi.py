@@ -183,7 +183,9 @@ async def _stream(generation: Generation, answer: AnswerForm, response: Response
     try:
         while not generation.over:
             if offer is not None:
-                generation.relay(lambda deltas: offer(answer.events(deltas)))
+                generation.relay(
+                    lambda deltas: offer(answer.events(deltas)), lambda i, said: offer(answer.text_events(i, said))
+                )
             deltas = await generation.next_batch()
             body = answer.events(deltas) if deltas else KEEP_ALIVE
             if generation.over and generation.error is None:

@@ -26,6 +26,10 @@ class Detokenizer:
         """One piece for each."""
         return [self.push(token_id) for token_id in token_ids]
 
+    def whole(self, token_ids: Sequence[int]) -> list[str] | None:
+        """As ``push_all``, where each token is text by itself; else None, and nothing has changed."""
+        return None
+
     def finish(self) -> str:
         """What was held back. Nothing is pushed after it."""
         raise NotImplementedError
@@ -53,15 +57,18 @@ class _ByteLevel(Detokenizer):
         self._used = False  # the decoder, which then may hold a part of a character
 
     def push_all(self, token_ids: Sequence[int]) -> list[str]:
+        found = self.whole(token_ids)
+        return [self.push(token_id) for token_id in token_ids] if found is None else found
+
+    def whole(self, token_ids: Sequence[int]) -> list[str] | None:
         """Nearly all tokens are whole characters: a look into a table, a tenth of the decoder's time."""
-        if not self._used or not self._decoder.getstate()[0]:
-            try:
-                found = list(map(self._texts.__getitem__, token_ids))
-            except IndexError:
-                found = [None]
-            if None not in found:
-                return found  # type: ignore[return-value]
-        return [self.push(token_id) for token_id in token_ids]
+        if self._used and self._decoder.getstate()[0]:
+            return None
+        try:
+            found = list(map(self._texts.__getitem__, token_ids))
+        except IndexError:
+            return None
+        return None if None in found else found  # type: ignore[return-value]
 
     def push(self, token_id: int) -> str:
         # An id beyond the vocabulary (padding of the embedding matrix) says nothing.

@@ -128,6 +128,7 @@ class Generation:
         self._queued_tokens = 0
         self._waiter: asyncio.Future[None] | None = None
         self._relay: Callable[[list[Delta]], bool] | None = None
+        self._say: Callable[[int, Sequence[str]], bool] | None = None
         self._relay_soon = relay_soon
         self._relay_due = False
         self._broken: Exception | None = None
@@ -210,10 +211,30 @@ class Generation:
             raise self._broken
         return self._take()
 
-    def relay(self, take: Callable[[list[Delta]], bool]) -> None:
+    def relay(self, take: Callable[[list[Delta]], bool], say: Callable[[int, Sequence[str]], bool]) -> None:
         """``take`` is given what is pushed from now on, until it says False: the client takes no more at the moment.
-        What comes then, the end, and what ``take`` raises are for ``next_batch``."""
+        What comes then, the end, and what ``take`` raises are for ``next_batch``. ``say`` is ``take`` for plain text:
+        (choice, what each token says)."""
         self._relay = take
+        self._say = say
+
+    def say(self, choice: int, pieces: Sequence[str]) -> bool:
+        """Says plain text at once. False, and nothing is said, unless that is possible and nothing waits before it."""
+        say = self._say
+        if say is None or self._queue or self.done:
+            return False
+        self._active = True
+        try:
+            if say(choice, pieces):
+                return True
+        except Exception as error:
+            self._broken = error
+        self._stop_relay()
+        return True
+
+    def _stop_relay(self) -> None:
+        self._relay = self._say = None
+        self._wake()
 
     def relay_now(self) -> None:
         self._relay_due = False
@@ -225,8 +246,7 @@ class Generation:
                 return
         except Exception as error:
             self._broken = error
-        self._relay = None
-        self._wake()
+        self._stop_relay()
 
     def _take(self) -> list[Delta]:
         batch, self._queue = self._queue, []
@@ -415,6 +435,15 @@ class _Choice(Consumer):
 
     def opened(self) -> None:
         self._generation.open()
+
+    def flow(self, tokens: Sequence[int], given: int) -> bool:
+        if not self._plain or given != self._tokens or not self._ends.isdisjoint(tokens):
+            return False
+        pieces = self._detokenizer.whole(tokens)
+        if pieces is None or not self._generation.say(self._index, pieces):
+            return False
+        self._tokens += len(tokens)
+        return True
 
     def tokens(self, tokens: Sequence[int], positions: Positions | None, prompt_positions: Positions | None) -> None:
         generation = self._generation

@@ -207,6 +207,20 @@ class Journey:
         prompt_positions: Positions | None,
         now: float,
     ) -> None:
+        if (  # by far the most: the next token of a stream under way, which needs no effect
+            worker is self.holder
+            and seq == self.expected
+            and positions is None
+            and self._finish is None
+            and self.state is State.PLACED
+            and self.first_token_s
+            and self.consumer.flow(tokens, len(self.tokens))
+        ):
+            self.expected += len(tokens)
+            self.tokens.extend(tokens)
+            self._heard_s = now
+            self._questions_s = 0.0
+            return None
         if not self._taken_by(worker, now):
             return None
         known = self.expected - seq

@@ -35,6 +35,9 @@ class AnswerForm(Protocol):
 
     def events(self, deltas: Sequence[Delta]) -> bytes: ...
 
+    def text_events(self, choice: int, pieces: Sequence[str]) -> bytes:
+        """``events`` for what plain tokens say."""
+
     def tail(self, usage: Usage) -> bytes: ...
 
     def failed(self, error: TandemError) -> bytes: ...

@@ -187,6 +187,9 @@ class ResponsesAnswer:
             "".join(delta.text for delta in deltas), reasoning=False
         )
 
+    def text_events(self, choice: int, pieces: Sequence[str]) -> bytes:
+        return self._said("".join(pieces), reasoning=False)
+
     def tail(self, usage: Usage) -> bytes:
         status = self._status
         opened = b"" if self._items and not self._items[-1].reasoning else self._next_item(reasoning=False)

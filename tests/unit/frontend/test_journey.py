@@ -103,6 +103,15 @@ def test_stopped_early_it_still_learns_what_was_cached() -> None:
     assert (outcome.reason, outcome.cached_tokens, len(recorder.seen)) == (FinishReason.STOP, 3, seen)
 
 
+def test_what_flows_makes_no_effect_and_is_counted() -> None:
+    cluster = UnreliableCluster(0, trouble=0.0)
+    recorder = cluster.begin(PROMPT, plain(60))
+    run(cluster, recorder)
+    assert recorder.outcome is not None and recorder.seen == reference(PROMPT, 60)
+    assert 0 < recorder.flowed < len(recorder.seen)
+    assert recorder.outcome.output_tokens == len(recorder.seen)
+
+
 def test_no_leader_is_borne_for_the_grace() -> None:
     cluster = UnreliableCluster(0, trouble=0.0)
     cluster.router_alive = False
