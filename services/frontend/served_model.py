@@ -60,8 +60,9 @@ class ServedModel:
     async def encode(self, text: str, executor: Executor, *, add_special_tokens: bool) -> array[int]:
         """Token ids of ``text``, packed: a tenth of a list's memory for as long as the request runs. Long texts in
         ``executor``, so that streams do not wait for them."""
-        if len(text) <= self.tokenizer.inline_chars:
-            return array("I", self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        ids = self.tokenizer.encode_at_once(text, add_special_tokens=add_special_tokens)
+        if ids is not None:
+            return array("I", ids)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             executor, lambda: array("I", self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
