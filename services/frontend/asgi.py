@@ -18,6 +18,7 @@ from typing import Any
 from services.frontend.generation import Generation, Generations
 from services.frontend.http_errors import error_body, error_headers, http_status
 from services.frontend.intake import Caller, Intake
+from services.frontend.line import Line
 from services.frontend.openai_responses import DONE, KEEP_ALIVE, event
 from services.frontend.openai_routes import AnswerForm, Exchange, Route
 from tandem.adapters.clock import monotonic, new_id
@@ -180,12 +181,15 @@ async def _stream(generation: Generation, answer: AnswerForm, response: Response
     quiet = not await generation.wait_opened()
     await response.open(_SSE, answer.head() + (KEEP_ALIVE if quiet else b""))
     offer = response.offer
+
+    def new_line(choice: int, texts: Sequence[str | None]) -> Line | None:
+        around = answer.around_text(choice)
+        return None if around is None else response.line(texts, around, generation.stop_relay)
+
     try:
         while not generation.over:
             if offer is not None:
-                generation.relay(
-                    lambda deltas: offer(answer.events(deltas)), lambda i, said: offer(answer.text_events(i, said))
-                )
+                generation.relay(lambda deltas: offer(answer.events(deltas)), new_line)
             deltas = await generation.next_batch()
             body = answer.events(deltas) if deltas else KEEP_ALIVE
             if generation.over and generation.error is None:
@@ -282,6 +286,10 @@ class Response:
     @property
     def offer(self) -> Callable[[bytes], bool] | None:
         """``write`` for those who cannot wait; False once the client's connection is full."""
+        return None
+
+    def line(self, texts: Sequence[str | None], around: tuple[bytes, bytes], full: Callable[[], None]) -> Line | None:
+        """``write`` for plain tokens, from here straight to the connection; None where that is not possible."""
         return None
 
     async def open(self, headers: list[Header], body: bytes) -> None:

@@ -26,8 +26,10 @@ class Detokenizer:
         """One piece for each."""
         return [self.push(token_id) for token_id in token_ids]
 
-    def whole(self, token_ids: Sequence[int]) -> list[str] | None:
-        """As ``push_all``, where each token is text by itself; else None, and nothing has changed."""
+    @property
+    def texts(self) -> Sequence[str | None] | None:
+        """By token, what it says, and None where that depends on others: holds until one of those is pushed. None as a
+        whole while something is held back, and where there is no such table."""
         return None
 
     def finish(self) -> str:
@@ -56,19 +58,21 @@ class _ByteLevel(Detokenizer):
         self._decode = self._decoder.decode
         self._used = False  # the decoder, which then may hold a part of a character
 
-    def push_all(self, token_ids: Sequence[int]) -> list[str]:
-        found = self.whole(token_ids)
-        return [self.push(token_id) for token_id in token_ids] if found is None else found
+    @property
+    def texts(self) -> Sequence[str | None] | None:
+        return None if self._used and self._decoder.getstate()[0] else self._texts
 
-    def whole(self, token_ids: Sequence[int]) -> list[str] | None:
+    def push_all(self, token_ids: Sequence[int]) -> list[str]:
         """Nearly all tokens are whole characters: a look into a table, a tenth of the decoder's time."""
-        if self._used and self._decoder.getstate()[0]:
-            return None
-        try:
-            found = list(map(self._texts.__getitem__, token_ids))
-        except IndexError:
-            return None
-        return None if None in found else found  # type: ignore[return-value]
+        texts = self.texts
+        if texts is not None:
+            try:
+                found = [texts[token_id] for token_id in token_ids]
+            except IndexError:
+                found = [None]
+            if None not in found:
+                return found  # type: ignore[return-value]
+        return [self.push(token_id) for token_id in token_ids]
 
     def push(self, token_id: int) -> str:
         # An id beyond the vocabulary (padding of the embedding matrix) says nothing.

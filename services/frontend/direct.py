@@ -9,12 +9,13 @@ keep-alive and graceful shutdown go on as they are. Requests that are in any way
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
 from services.frontend.asgi import BODY_TIMEOUT_S, Disconnected, Header, PostedRoutes, Response
 from services.frontend.connections import Connection
+from services.frontend.line import Line
 from services.frontend.openai_routes import Route
 from tandem.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, TandemError
 
@@ -273,6 +274,10 @@ class _DirectResponse(Response):
             else:
                 self._connection.transport.write(chunk)
         return not self._connection.flow.write_paused
+
+    def line(self, texts: Sequence[str | None], around: tuple[bytes, bytes], full: Callable[[], None]) -> Line | None:
+        self._flush()
+        return Line(texts, around, self._connection.transport.write, self._connection.flow, full)
 
     async def close(self, body: bytes) -> None:
         exchange = self._exchange

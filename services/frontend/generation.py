@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from services.frontend.cluster import Cluster
 from services.frontend.detokenizer import detokenizer
 from services.frontend.journey import Journey
+from services.frontend.line import Line
 from services.frontend.order import Consumer, Order, Outcome, Positions
 from services.frontend.parsers.output import Call, NewParser, Parsed
 from services.frontend.served_model import ServedModel
@@ -33,6 +34,14 @@ if TYPE_CHECKING:
 
 #: Tokens that may wait for a slow reader before its request is given up.
 MAX_QUEUED_TOKENS = 8_192
+
+
+#: From a choice and the texts of tokens; None: there can be none.
+NewLine = Callable[[int, Sequence[str | None]], Line | None]
+
+
+def _no_line(choice: int, texts: Sequence[str | None]) -> Line | None:
+    return None
 
 
 class GenerationRequest(Struct, frozen=True, kw_only=True):
@@ -128,7 +137,7 @@ class Generation:
         self._queued_tokens = 0
         self._waiter: asyncio.Future[None] | None = None
         self._relay: Callable[[list[Delta]], bool] | None = None
-        self._say: Callable[[int, Sequence[str]], bool] | None = None
+        self._new_line: NewLine = _no_line
         self._relay_soon = relay_soon
         self._relay_due = False
         self._broken: Exception | None = None
@@ -211,29 +220,17 @@ class Generation:
             raise self._broken
         return self._take()
 
-    def relay(self, take: Callable[[list[Delta]], bool], say: Callable[[int, Sequence[str]], bool]) -> None:
+    def relay(self, take: Callable[[list[Delta]], bool], new_line: NewLine = _no_line) -> None:
         """``take`` is given what is pushed from now on, until it says False: the client takes no more at the moment.
-        What comes then, the end, and what ``take`` raises are for ``next_batch``. ``say`` is ``take`` for plain text:
-        (choice, what each token says)."""
+        What comes then, the end, and what ``take`` raises are for ``next_batch``. Once it has taken some, plain tokens
+        go by a ``new_line``, if there is one."""
         self._relay = take
-        self._say = say
+        self._new_line = new_line
 
-    def say(self, choice: int, pieces: Sequence[str]) -> bool:
-        """Says plain text at once. False, and nothing is said, unless that is possible and nothing waits before it."""
-        say = self._say
-        if say is None or self._queue or self.done:
-            return False
-        self._active = True
-        try:
-            if say(choice, pieces):
-                return True
-        except Exception as error:
-            self._broken = error
-        self._stop_relay()
-        return True
-
-    def _stop_relay(self) -> None:
-        self._relay = self._say = None
+    def stop_relay(self) -> None:
+        self._relay = None
+        for choice in self._choices:
+            choice.close_line()
         self._wake()
 
     def relay_now(self) -> None:
@@ -243,10 +240,12 @@ class Generation:
             return
         try:
             if relay(self._take()):
+                for choice in self._choices:
+                    choice.open_line(self._new_line)
                 return
         except Exception as error:
             self._broken = error
-        self._stop_relay()
+        self.stop_relay()
 
     def _take(self) -> list[Delta]:
         batch, self._queue = self._queue, []
@@ -272,6 +271,10 @@ class Generation:
             self._active = False
             self._quiet_since = now
         elif now - self._quiet_since >= idle_s and self.request.streaming:
+            heard_s = max((journey.heard_s for journey in self.journeys if journey.line is not None), default=0.0)
+            if now - heard_s < idle_s:  # by a line
+                self._quiet_since = heard_s
+                return
             self._quiet_since = now
             self._idle = True
             self._wake()
@@ -332,6 +335,7 @@ class Generation:
         for choice in self._choices:
             choice.journey = None
         self._choices.clear()
+        self._relay, self._new_line = None, _no_line
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -431,24 +435,29 @@ class _Choice(Consumer):
         self._stops = StopStrings(request.stop) if request.stop else None
         #: Each token says its text and that is all.
         self._plain = self._parser is None and self._stops is None
-        self._tokens = 0
+        self._tokens = 0  # where they are not plain: up to the stop string
 
     def opened(self) -> None:
         self._generation.open()
 
-    def flow(self, tokens: Sequence[int], given: int) -> bool:
-        if not self._plain or given != self._tokens or not self._ends.isdisjoint(tokens):
-            return False
-        pieces = self._detokenizer.whole(tokens)
-        if pieces is None or not self._generation.say(self._index, pieces):
-            return False
-        self._tokens += len(tokens)
-        return True
+    def open_line(self, new_line: NewLine) -> None:
+        journey = self.journey
+        if journey is None or journey.line is not None or not self._plain:
+            return
+        texts = self._detokenizer.texts
+        # The engine's end of text is none; a stop token may be.
+        if texts and all(end >= len(texts) or texts[end] is None for end in self._ends):
+            line = new_line(self._index, texts)
+            if line is not None:
+                journey.open_line(line)
+
+    def close_line(self) -> None:
+        if self.journey is not None:
+            self.journey.line = None
 
     def tokens(self, tokens: Sequence[int], positions: Positions | None, prompt_positions: Positions | None) -> None:
         generation = self._generation
         if self._plain and positions is None and prompt_positions is None and self._ends.isdisjoint(tokens):
-            self._tokens += len(tokens)
             pieces = self._detokenizer.push_all(tokens)
             if len(pieces) == 1:
                 generation.push(Delta(self._index, pieces[0], token_ids=tokens))
@@ -496,7 +505,7 @@ class _Choice(Consumer):
         reason = outcome.reason if stop is None else FinishReason.STOP
         stopped_by = outcome.stop_token_id if stop is None else stop
         generation.push(Delta(self._index, finish=reason, stopped_by=stopped_by))
-        generation.choice_ended(self._index, outcome, self._tokens)
+        generation.choice_ended(self._index, outcome, outcome.output_tokens if self._plain else self._tokens)
 
     def _flush(self) -> None:
         """Gives out what was held back in case more came."""

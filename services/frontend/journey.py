@@ -26,6 +26,7 @@ from msgspec.structs import replace
 
 from services.frontend.effects import Abandon, AskAgain, Deliver, Effect, Ended, Opened, Restarted, Submit
 from services.frontend.leaders import Leader, Leaders
+from services.frontend.line import Line
 from services.frontend.order import Consumer, Incident, Order, Outcome, Patience, Positions
 from tandem import errors
 from tandem.core.types import FinishReason, RequestKey, SamplingParams, WorkerAddress
@@ -75,6 +76,7 @@ class Journey:
         "holder",
         "incidents",
         "leader",
+        "line",
         "order",
         "outcome",
         "placed_s",
@@ -117,6 +119,8 @@ class Journey:
         #: As the last finish had them, also one of an attempt that failed.
         self.timings: bus_pb2.Timings | None = None
         self.outcome: Outcome | None = None
+        #: Takes the plain tokens of a stream under way, in the consumer's place; closed by whatever else happens.
+        self.line: Line | None = None
         self.avoid: set[str] = set()
         self.failures = 0
         self._remote_failures = 0
@@ -173,6 +177,7 @@ class Journey:
             return
         if self.state is not State.STOPPING:
             self._abandon()
+        self.line = None
         self.state = State.ENDED
         self.outcome = Outcome(FinishReason.ABORT, len(self.tokens), error=errors.Cancelled("cancelled by the client"))
         self._emit(Ended(self, self.outcome))
@@ -184,6 +189,12 @@ class Journey:
         elif self.state is not State.ENDED:
             self._abandon()
             self._fail(error)
+
+    def open_line(self, line: Line) -> None:
+        """Where tokens flow, and the consumer has heard all of them so far."""
+        flows = self.state is State.PLACED and self.first_token_s and self._finish is None
+        if flows and self.order.sampling.logprobs is None:
+            self.line = line
 
     def stop(self, now: float) -> None:
         """The consumer has what it wants: end as STOP, soon."""
@@ -207,20 +218,15 @@ class Journey:
         prompt_positions: Positions | None,
         now: float,
     ) -> None:
-        if (  # by far the most: the next token of a stream under way, which needs no effect
-            worker is self.holder
-            and seq == self.expected
-            and positions is None
-            and self._finish is None
-            and self.state is State.PLACED
-            and self.first_token_s
-            and self.consumer.flow(tokens, len(self.tokens))
-        ):
-            self.expected += len(tokens)
-            self.tokens.extend(tokens)
-            self._heard_s = now
-            self._questions_s = 0.0
-            return None
+        line = self.line
+        if line is not None:  # by far the most: the next token of a stream under way, which needs no effect
+            if worker is self.holder and seq == self.expected and positions is None and line.take(tokens):
+                self.expected += len(tokens)
+                self.tokens.extend(tokens)
+                self._heard_s = now
+                self._questions_s = 0.0
+                return None
+            self.line = None
         if not self._taken_by(worker, now):
             return None
         known = self.expected - seq
@@ -252,6 +258,7 @@ class Journey:
             return None
         if finish.reason == types_pb2.FINISH_REASON_ABORT:
             return self._lose(errors.WorkerLostError(f"worker {worker.id} gave the request up"), now)
+        self.line = None
         self._finish = finish
         return self._complete_if_whole(now)
 
@@ -495,6 +502,7 @@ class Journey:
         self._end(Outcome(FinishReason.ERROR, len(self.tokens), self._cached_tokens, error=error))
 
     def _end(self, outcome: Outcome) -> None:
+        self.line = None
         self.state = State.ENDED
         self.outcome = outcome
         self._emit(Ended(self, outcome))
@@ -507,6 +515,7 @@ class Journey:
             self.incidents.append(Incident(kind, now, self.attempt, holder, error, reason, len(self.tokens)))
 
     def _enter(self, state: State, now: float) -> None:
+        self.line = None
         self.state = state
         self._since_s = now
         self._heard_s = now

@@ -89,17 +89,17 @@ class Answer:
         for delta in deltas:
             if delta.positions is not None or delta.finish is not None or delta.reasoning or delta.calls:
                 out.append(self._full_event(delta))
+            elif delta.pieces and delta.text:
+                opening, closing = self.around_text(delta.choice)
+                said = map(_encode, filter(None, delta.pieces))
+                out += opening, (closing + opening).join(said), closing
             elif delta.text:
-                out.append(self.text_events(delta.choice, delta.pieces or (delta.text,)))
+                opening, closing = self.around_text(delta.choice)
+                out += opening, _encode(delta.text), closing
         return b"".join(out)
 
-    def text_events(self, choice: int, pieces: Sequence[str]) -> bytes:
-        """An event for each piece that says something."""
-        opening, closing = self._text_prefix[choice], self._text_suffix
-        if len(pieces) == 1:
-            return b"%b%b%b" % (opening, _encode(pieces[0]), closing) if pieces[0] else b""
-        said = (closing + opening).join(map(_encode, filter(None, pieces)))
-        return b"%b%b%b" % (opening, said, closing) if said else b""
+    def around_text(self, choice: int) -> tuple[bytes, bytes]:
+        return self._text_prefix[choice], self._text_suffix
 
     def tail(self, usage: Usage) -> bytes:
         if not self._include_usage:

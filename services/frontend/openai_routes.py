@@ -35,8 +35,8 @@ class AnswerForm(Protocol):
 
     def events(self, deltas: Sequence[Delta]) -> bytes: ...
 
-    def text_events(self, choice: int, pieces: Sequence[str]) -> bytes:
-        """``events`` for what plain tokens say."""
+    def around_text(self, choice: int) -> tuple[bytes, bytes] | None:
+        """What stands in ``events`` before and after a plain token's JSON string, if that is always the same."""
 
     def tail(self, usage: Usage) -> bytes: ...
 

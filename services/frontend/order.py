@@ -100,11 +100,6 @@ class Consumer:
     def tokens(self, tokens: Sequence[int], positions: Positions | None, prompt_positions: Positions | None) -> None:
         """New tokens, and their log-probabilities where asked for."""
 
-    def flow(self, tokens: Sequence[int], given: int) -> bool:
-        """What ``tokens`` would be told, at once, if there is nothing more to them than their text and the consumer
-        has heard all of the ``given`` tokens before them; else False, and nothing has happened. Calls nobody back."""
-        return False
-
     def restarted(self) -> None:
         """Forget every token so far. Only for a restartable order."""
 

@@ -187,8 +187,8 @@ class ResponsesAnswer:
             "".join(delta.text for delta in deltas), reasoning=False
         )
 
-    def text_events(self, choice: int, pieces: Sequence[str]) -> bytes:
-        return self._said("".join(pieces), reasoning=False)
+    def around_text(self, choice: int) -> None:
+        """Every event has its number."""
 
     def tail(self, usage: Usage) -> bytes:
         status = self._status

@@ -103,13 +103,23 @@ def test_stopped_early_it_still_learns_what_was_cached() -> None:
     assert (outcome.reason, outcome.cached_tokens, len(recorder.seen)) == (FinishReason.STOP, 3, seen)
 
 
-def test_what_flows_makes_no_effect_and_is_counted() -> None:
+def test_what_goes_by_a_line_is_counted_and_the_rest_takes_the_long_way() -> None:
+    """All the tests above have such lines, too."""
     cluster = UnreliableCluster(0, trouble=0.0)
     recorder = cluster.begin(PROMPT, plain(60))
     run(cluster, recorder)
     assert recorder.outcome is not None and recorder.seen == reference(PROMPT, 60)
-    assert 0 < recorder.flowed < len(recorder.seen)
+    assert 0 < recorder.line.taken < len(recorder.seen)
     assert recorder.outcome.output_tokens == len(recorder.seen)
+
+
+def test_no_line_while_log_probabilities_are_wanted() -> None:
+    cluster = UnreliableCluster(0, trouble=0.0)
+    cluster.begin(PROMPT, SamplingParams(max_tokens=60, logprobs=1))
+    cluster.run(until=lambda: False, at_most_s=1.0)
+    for journey in cluster.table:
+        journey.open_line(next(iter(cluster.recorders.values())).line)
+        assert journey.line is None
 
 
 def test_no_leader_is_borne_for_the_grace() -> None:

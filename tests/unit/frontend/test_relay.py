@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any, cast
 
 import pytest
@@ -28,13 +27,9 @@ async def turns(count: int = 3) -> None:
         await asyncio.sleep(0)
 
 
-def refuse(choice: int, pieces: Sequence[str]) -> bool:
-    raise AssertionError("nothing is said at once here")
-
-
 async def test_a_turn_is_one_call_and_nobody_is_woken() -> None:
     one, taken = generation(), []
-    one.relay(lambda deltas: taken.append(deltas) or True, refuse)  # type: ignore[func-returns-value]
+    one.relay(lambda deltas: taken.append(deltas) or True)  # type: ignore[func-returns-value]
     reader = asyncio.create_task(one.next_batch())
     await turns()
     for turn in ("ab", "c"):
@@ -48,7 +43,7 @@ async def test_a_turn_is_one_call_and_nobody_is_woken() -> None:
 
 async def test_a_client_that_is_full_leaves_the_rest_to_its_reader() -> None:
     one, taken = generation(), []
-    one.relay(lambda deltas: bool(taken.append(deltas)), refuse)  # type: ignore[func-returns-value]
+    one.relay(lambda deltas: bool(taken.append(deltas)))  # type: ignore[func-returns-value]
     reader = asyncio.create_task(one.next_batch())
     await turns()
     one.push(Delta(0, "taken"))
@@ -61,7 +56,7 @@ async def test_a_client_that_is_full_leaves_the_rest_to_its_reader() -> None:
 
 async def test_the_end_is_the_readers() -> None:
     one, taken = generation(), []
-    one.relay(lambda deltas: taken.append(deltas) or True, refuse)  # type: ignore[func-returns-value]
+    one.relay(lambda deltas: taken.append(deltas) or True)  # type: ignore[func-returns-value]
     reader = asyncio.create_task(one.next_batch())
     await turns()
     one.push(Delta(0, "last"))
@@ -79,7 +74,7 @@ async def test_what_goes_wrong_while_giving_on_is_raised_where_the_stream_is_rea
     def broken(deltas: list[Delta]) -> bool:
         raise RuntimeError("cannot be said")
 
-    one.relay(broken, refuse)
+    one.relay(broken)
     reader = asyncio.create_task(one.next_batch())
     await turns()
     one.push(Delta(0, "a"))
@@ -89,50 +84,8 @@ async def test_what_goes_wrong_while_giving_on_is_raised_where_the_stream_is_rea
 
 async def test_a_quiet_while_wakes_the_reader_all_the_same() -> None:
     one = generation()
-    one.relay(lambda deltas: True, refuse)
+    one.relay(lambda deltas: True)
     reader = asyncio.create_task(one.next_batch())
     await turns()
     one.on_sweep(100.0, idle_s=10.0)
     assert await asyncio.wait_for(reader, 1.0) == []
-
-
-async def test_plain_text_is_said_at_once_unless_something_waits_before_it() -> None:
-    one, taken, said = generation(), [], []
-    assert not one.say(0, ["before the head"])
-    one.relay(lambda deltas: taken.append(deltas) or True, lambda i, pieces: said.append(pieces) or True)  # type: ignore[func-returns-value]
-    assert one.say(0, ["a"]) and one.say(0, ["b", "c"])
-    one.push(Delta(0, "d"))
-    assert not one.say(0, ["e"])  # "d" is given on at the end of this turn
-    await turns()
-    assert one.say(0, ["f"])
-    assert said == [["a"], ["b", "c"], ["f"]]
-    assert [[delta.text for delta in deltas] for deltas in taken] == [["d"]]
-
-
-async def test_a_client_that_is_full_is_told_nothing_more_at_once() -> None:
-    one, said = generation(), []
-    one.relay(lambda deltas: True, lambda i, pieces: bool(said.append(pieces)))  # type: ignore[func-returns-value]
-    assert one.say(0, ["taken"])
-    assert not one.say(0, ["not any more"]) and said == [["taken"]]
-
-
-async def test_what_goes_wrong_while_saying_is_raised_where_the_stream_is_read() -> None:
-    one = generation()
-    one.relay(lambda deltas: True, refuse)
-    reader = asyncio.create_task(one.next_batch())
-    await turns()
-    assert one.say(0, ["a"])
-    with pytest.raises(AssertionError, match="said at once"):
-        await asyncio.wait_for(reader, 1.0)
-
-
-async def test_what_is_said_at_once_is_news() -> None:
-    one = generation()
-    one.relay(lambda deltas: True, lambda i, pieces: True)
-    reader = asyncio.create_task(one.next_batch())
-    await turns()
-    one.say(0, ["a"])
-    one.on_sweep(100.0, idle_s=10.0)
-    await turns()
-    assert not reader.done()
-    reader.cancel()

@@ -14,6 +14,7 @@ from itertools import count
 from services.frontend.effects import Abandon, AskAgain, Deliver, Ended, Opened, Restarted, Submit
 from services.frontend.journey import Journey
 from services.frontend.leaders import Leaders
+from services.frontend.line import Line
 from services.frontend.order import Consumer, Order, Outcome, Patience, Positions
 from services.frontend.request_table import RequestTable
 from services.frontend.submission import submit_message
@@ -40,13 +41,28 @@ def reference(prompt: Sequence[int], max_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+class _RecordedLine(Line):
+    """Takes what is even."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self.taken = 0
+
+    def take(self, tokens: Sequence[int]) -> bool:
+        if any(token % 2 for token in tokens):
+            return False
+        self._recorder.tokens(tokens, None, None)
+        self.taken += len(tokens)
+        return True
+
+
 class Recorder(Consumer):
     def __init__(self) -> None:
         self.seen: list[int] = []
         self.outcome: Outcome | None = None
         self.opened_times = 0
         self.restarts = 0
-        self.flowed = 0
+        self.line = _RecordedLine(self)
 
     def opened(self) -> None:
         assert self.outcome is None
@@ -55,13 +71,6 @@ class Recorder(Consumer):
     def tokens(self, tokens: Sequence[int], positions: Positions | None, prompt_positions: Positions | None) -> None:
         assert self.outcome is None and self.opened_times == 1
         self.seen += tokens
-
-    def flow(self, tokens: Sequence[int], given: int) -> bool:
-        if given != len(self.seen) or given % 3 == 1:  # now and then it cannot
-            return False
-        self.tokens(tokens, None, None)
-        self.flowed += len(tokens)
-        return True
 
     def restarted(self) -> None:
         assert self.outcome is None
@@ -200,6 +209,7 @@ class UnreliableCluster:
     # -- what the table wants --------------------------------------------------------------------------------------
 
     def _perform(self) -> None:
+        told: list[Journey] = []
         while effects := self.table.take_effects():
             for effect in effects:
                 consumer = effect.journey.consumer
@@ -208,6 +218,7 @@ class UnreliableCluster:
                         self._submitted(effect.journey)
                     case Deliver():
                         consumer.tokens(effect.tokens, effect.positions, effect.prompt_positions)
+                        told.append(effect.journey)
                     case Opened():
                         consumer.opened()
                     case Restarted():
@@ -218,6 +229,8 @@ class UnreliableCluster:
                         self._carry(lambda e=effect: self._aborted(e.journey.order.id, e.max_attempt))
                     case AskAgain():
                         self._asked(effect)
+        for journey in told:  # as a stream does when nothing waits any more
+            journey.open_line(self.recorders[journey].line)
 
     def _submitted(self, journey: Journey) -> None:
         data = submit_message(journey, frontend="f", now=self.now).SerializeToString()
