@@ -14,7 +14,6 @@ from typing import Any
 
 from tandem.spacetime.model import DECODE, PREFILL, TRANSFER, Span, Step, spans_of_steps
 from tandem.v1 import bus_pb2, types_pb2
-from tandem.wire import codec
 
 #: Silent for so long: nothing is known of the worker. After the longer time its row goes.
 SILENT_MS, GONE_MS = 1500.0, 60_000.0
@@ -106,6 +105,8 @@ class Activity:
         self.rows: dict[str, Row] = {}
         self._next_row = 0
         self._delta = Delta()
+        #: Somebody wants what ``drain`` gives; else it is not put together.
+        self.telling = True
         #: request id -> worker on which its prompt was computed for another one.
         self._handed_over: dict[str, str] = {}
 
@@ -145,7 +146,7 @@ class Activity:
         if row is None or row.incarnation != batch.worker.incarnation:
             return
         for event in batch.events:
-            key = codec.key_from_wire(event.key)
+            key = event.key
             name = key.id if not key.choice else f"{key.id}#{key.choice}"
             self._event(row, name, event.phase, at)
 
@@ -229,7 +230,8 @@ class Activity:
             else:
                 lane, row.lanes = row.lanes, row.lanes + 1
         segment = row.open[name] = Segment(row.index, lane, kind, at, name)
-        self._delta.opened.append(_opened(segment))
+        if self.telling:
+            self._delta.opened.append(_opened(segment))
 
     def _close(self, row: Row, name: str, outcome: int, at: float, *, keep_lane: bool = False) -> None:
         segment = row.open.pop(name, None)
@@ -239,7 +241,8 @@ class Activity:
         if not keep_lane:
             heappush(row.free_lanes, segment.lane)
         row.segments.append(segment)
-        self._delta.closed.append(_closed(segment))
+        if self.telling:
+            self._delta.closed.append(_closed(segment))
 
     def _close_all(self, row: Row, at: float) -> None:
         for name in list(row.open):
@@ -262,7 +265,8 @@ class Activity:
         if span.kind != TRANSFER:
             row.span_end = max(row.span_end, span.end)
         row.spans.append(span)
-        self._delta.spans += (row.index, *_rounded(span))
+        if self.telling:
+            self._delta.spans += (row.index, *_rounded(span))
 
     def _trim(self, row: Row, at: float) -> None:
         most = min(_MOST_SPANS, max(_LEAST_SPANS, _ALL_SPANS // max(1, len(self.rows))))

@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from services.console.activity import OUTCOMES, STATES, Activity, Delta
 from services.console.cluster_view import ClusterView
@@ -25,10 +26,11 @@ from services.console.feed import Feed, encoded
 from services.console.frontend_counts import FrontendCounts
 from services.console.otlp import MAX_BODY_BYTES, SERVICE_NAME, TraceReceiver
 from services.console.series import Series
-from services.console.spans import Span
+from services.console.spans import spans_of
 from services.console.summary import Slo
 from services.console.trace_ring import Trace, TraceRing
 from services.console.trial import Trials
+from services.console.watch import Inbox, Watch
 from services.console.web_app import Sources, web_app
 from tandem.adapters import clock, deployment
 from tandem.adapters.bus import Bus, Message
@@ -77,12 +79,22 @@ class Console:
         self.series = Series(counted=bool(counted))
         self._counts = FrontendCounts(counted, lambda counts: self.series.count(counts, clock.monotonic()))
         self.ring = TraceRing(settings.trace_ring, settings.kept_traces, _slos(wanted), self._trace_ended)
-        self.view = ClusterView(self._models, addresses(settings.routers), clock.monotonic)
         self.feed = Feed(lambda: encoded("snapshot", self._snapshot()))
+        self.watch = Watch(lambda: len(self.feed), clock.monotonic)
+        self._inbox = Inbox(clock.monotonic)
+        self.view = ClusterView(self._models, addresses(settings.routers), clock.monotonic, lambda: self.watch.on)
         self._trials = Trials(addresses(settings.frontends))
-        receiver = TraceReceiver(self._on_span)
+        receiver = TraceReceiver(lambda export: self._inbox.put(self._take_export, export))
         sources = Sources(
-            self.ring, self.feed, self._trials, receiver, self.cluster, self._points, self.in_flight, self._ready
+            self.ring,
+            self.feed,
+            self._trials,
+            receiver,
+            self._look,
+            self.cluster,
+            self._points,
+            self.in_flight,
+            self._ready,
         )
         self._http = _Server(
             uvicorn.Config(
@@ -113,6 +125,7 @@ class Console:
         except ConfigError as error:
             log.error("deployment file not reloaded: %s", error.message)
             return
+        self._inbox.work_through()
         self.ring.slos = _slos(wanted)
         log.info("reloaded the classes' SLOs")
 
@@ -132,6 +145,7 @@ class Console:
             tasks.create_task(self.view.run(), name="ask the routers")
             tasks.create_task(self._counts.run(), name="count requests")
             tasks.create_task(self._publish(), name="feed pages")
+            tasks.create_task(self.watch.doze(), name="doze")
             tasks.create_task(self._http.serve(sockets=[self._socket]), name="serve")
 
     async def close(self) -> None:
@@ -143,24 +157,43 @@ class Console:
 
     # -- what is heard ---------------------------------------------------------------------------------------------
 
+    def _ms(self, at: float) -> float:
+        return (at - self._began) * 1e3
+
     def _now_ms(self) -> float:
-        return (clock.monotonic() - self._began) * 1e3
+        return self._ms(clock.monotonic())
 
     def _on_load(self, message: Message) -> None:
-        self.activity.load(bus_pb2.LoadReport.FromString(message.data), self._now_ms())
+        self._inbox.put(self._take_load, message.data)
 
     def _on_events(self, message: Message) -> None:
-        self.activity.events(bus_pb2.LifecycleEvents.FromString(message.data), self._now_ms())
+        self._inbox.put(self._take_events, message.data)
 
-    def _on_span(self, span: Span) -> None:
-        self.ring.add(span)
-        p50, p99 = span.number(names.ITL_P50), span.number(names.ITL_P99)
-        if span.name == names.DECODE.name and p50 is not None and p99 is not None:
-            self.series.decoded(p50 / 1e3, p99 / 1e3, clock.monotonic())
+    def _take_load(self, data: bytes, at: float) -> None:
+        self.activity.load(bus_pb2.LoadReport.FromString(data), self._ms(at))
+
+    def _take_events(self, data: bytes, at: float) -> None:
+        self.activity.events(bus_pb2.LifecycleEvents.FromString(data), self._ms(at))
+
+    def _take_export(self, export: ExportTraceServiceRequest, at: float) -> None:
+        for span in spans_of(export):
+            self.ring.add(span)
+            if span.name == names.DECODE.name:
+                p50, p99 = span.number(names.ITL_P50), span.number(names.ITL_P99)
+                if p50 is not None and p99 is not None:
+                    self.series.decoded(p50 / 1e3, p99 / 1e3, at)
 
     def _trace_ended(self, trace: Trace) -> None:
         if trace.summary.is_request:
             self.series.request_ended(trace.summary, clock.monotonic())
+
+    async def _look(self) -> None:
+        """Somebody asks: all that was heard counts, and what routers say is not older than they have answered."""
+        asleep = not self.watch.on
+        self.watch.looked()
+        self._inbox.work_through()
+        if asleep:
+            await self.view.look()
 
     # -- what is told ----------------------------------------------------------------------------------------------
 
@@ -169,6 +202,8 @@ class Console:
 
     def _snapshot(self) -> dict[str, Any]:
         """What a page needs to begin; says what the map leaves out."""
+        self._inbox.work_through()
+        self.activity.telling = True
         return {
             "cluster": self._cluster_name,
             "models": self._models,
@@ -191,11 +226,14 @@ class Console:
         count = 0
         while True:
             await asyncio.sleep(BATCH_S)
-            self.activity.tick(self._now_ms())
-            delta = self.activity.drain()
-            if len(self.feed):
-                self.feed.publish(encoded("batch", self._told(delta)))
             count += 1
+            if self.watch.on or count % STATUS_EVERY == 0:
+                self._inbox.work_through()
+                self.activity.tick(self._now_ms())
+            delta = self.activity.drain()
+            self.activity.telling = bool(len(self.feed))
+            if self.activity.telling:
+                self.feed.publish(encoded("batch", self._told(delta)))
             if count % STATUS_EVERY == 0:
                 now = clock.monotonic()
                 self._queue.append((round(self._now_ms(), 1), self.view.queued))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,12 @@ log = logging.getLogger(__name__)
 
 POLL_S = 1.0
 _CALL_S = 2.0
+#: While nobody looks.
+_ALL_EVERY = 10
 #: The policy changes with SIGHUP only.
 _POLICY_EVERY = 10
+
+_Question = Callable[[str, router_pb2_grpc.RouterServiceStub], Awaitable[None]]
 
 
 @dataclass(slots=True)
@@ -37,21 +41,38 @@ class ModelView:
     accounting: router_pb2.GetAccountingResponse = field(default_factory=router_pb2.GetAccountingResponse)
     policy: dict[str, Any] = field(default_factory=dict)
     heard_at: float = 0.0
+    #: The router that said so.
+    router: str = ""
 
 
 class ClusterView:
-    def __init__(self, models: Sequence[str], routers: Sequence[str], now: Callable[[], float]) -> None:
+    """``watched``: somebody looks. Else only the queues are asked for, and all of it every tenth time."""
+
+    def __init__(
+        self,
+        models: Sequence[str],
+        routers: Sequence[str],
+        now: Callable[[], float],
+        watched: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.models = {model: ModelView() for model in models}
         self._routers = {address: open_channel(address) for address in routers}
         self.answering: dict[str, bool] = dict.fromkeys(routers, False)
         self._now = now
+        self._watched = watched
         self._round = 0
 
     async def run(self) -> None:
         while True:
-            await asyncio.gather(*(self._ask(address, channel) for address, channel in self._routers.items()))
+            if self._watched() or self._round % _ALL_EVERY == 0:
+                await self.look()
+            else:
+                await self._each(self._queues)
             self._round += 1
             await asyncio.sleep(POLL_S)
+
+    async def look(self) -> None:
+        await self._each(self._all)
 
     async def close(self) -> None:
         for channel in self._routers.values():
@@ -65,15 +86,12 @@ class ClusterView:
     def in_flight(self) -> int:
         return sum(view.accounting.in_flight for view in self.models.values())
 
-    async def _ask(self, address: str, channel: grpc.aio.Channel) -> None:
-        stub = router_pb2_grpc.RouterServiceStub(channel)
+    async def _each(self, ask: _Question) -> None:
+        await asyncio.gather(*(self._ask(address, ask) for address in self._routers))
+
+    async def _ask(self, address: str, ask: _Question) -> None:
         try:
-            leaders = await stub.GetLeaders(router_pb2.GetLeadersRequest(), timeout=_CALL_S)
-            for leader in leaders.leaders:
-                view = self.models.get(leader.model)
-                believed = leader.self or view is None or not view.by_leader or self._now() - view.heard_at > 3 * POLL_S
-                if view is not None and believed:
-                    await self._look(stub, leader, view)
+            await ask(address, router_pb2_grpc.RouterServiceStub(self._routers[address]))
         except grpc.aio.AioRpcError as error:
             if self.answering[address]:
                 log.warning("router %s does not answer: %s", address, error.code().name)
@@ -81,10 +99,32 @@ class ClusterView:
         else:
             self.answering[address] = True
 
+    async def _all(self, address: str, stub: router_pb2_grpc.RouterServiceStub) -> None:
+        leaders = await stub.GetLeaders(router_pb2.GetLeadersRequest(), timeout=_CALL_S)
+        for leader in leaders.leaders:
+            view = self.models.get(leader.model)
+            believed = leader.self or view is None or not view.by_leader or self._now() - view.heard_at > 3 * POLL_S
+            if view is not None and believed:
+                await self._look(stub, leader, view)
+                view.router = address
+
+    async def _queues(self, address: str, stub: router_pb2_grpc.RouterServiceStub) -> None:
+        for model, view in self.models.items():
+            if view.router == address:
+                view.accounting = await self._accounting(stub, model)
+                view.heard_at = self._now()
+
+    async def _accounting(
+        self, stub: router_pb2_grpc.RouterServiceStub, model: str
+    ) -> router_pb2.GetAccountingResponse:
+        request = router_pb2.GetAccountingRequest(model=model)
+        answer: router_pb2.GetAccountingResponse = await stub.GetAccounting(request, timeout=_CALL_S)
+        return answer
+
     async def _look(self, stub: router_pb2_grpc.RouterServiceStub, leader: router_pb2.Leader, view: ModelView) -> None:
         model = leader.model
         workers = await stub.ListWorkers(router_pb2.ListWorkersRequest(model=model), timeout=_CALL_S)
-        view.accounting = await stub.GetAccounting(router_pb2.GetAccountingRequest(model=model), timeout=_CALL_S)
+        view.accounting = await self._accounting(stub, model)
         if not view.policy or self._round % _POLICY_EVERY == 0:
             policy = await stub.GetPolicy(router_pb2.GetPolicyRequest(model=model), timeout=_CALL_S)
             view.policy = json.loads(policy.policy_json)

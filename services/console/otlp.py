@@ -17,26 +17,18 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceS
 from starlette.requests import Request
 from starlette.responses import Response
 
-from services.console.spans import Span, spans_of
-
 SERVICE_NAME = "opentelemetry.proto.collector.trace.v1.TraceService"
 MAX_BODY_BYTES = 16 << 20
 
-OnSpan = Callable[[Span], None]
-
 
 class TraceReceiver(TraceServiceServicer):
-    def __init__(self, on_span: OnSpan) -> None:
-        self._on_span = on_span
-
-    def take(self, request: ExportTraceServiceRequest) -> None:
-        for span in spans_of(request):
-            self._on_span(span)
+    def __init__(self, on_export: Callable[[ExportTraceServiceRequest], None]) -> None:
+        self._on_export = on_export
 
     async def Export(
         self, request: ExportTraceServiceRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> ExportTraceServiceResponse:
-        self.take(request)
+        self._on_export(request)
         return ExportTraceServiceResponse()
 
     async def over_http(self, request: Request) -> Response:
@@ -53,7 +45,7 @@ class TraceReceiver(TraceServiceServicer):
             export = ExportTraceServiceRequest.FromString(data)
         except (DecodeError, OSError, EOFError, zlib.error):
             return Response("not an ExportTraceServiceRequest", 400)
-        self.take(export)
+        self._on_export(export)
         return Response(ExportTraceServiceResponse().SerializeToString(), media_type="application/x-protobuf")
 
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from services.console.spans import Span
 from tandem.telemetry import spans as names
 
+#: A request's root span has these.
+ROOT_ATTRIBUTES = frozenset({names.OPERATION, names.REQUEST_ID})
+
 
 @dataclass(frozen=True, slots=True)
 class Slo:
@@ -70,7 +73,7 @@ def summarise(trace_id: str, spans: Iterable[Span], slos: Mapping[str, Slo]) -> 
     spans = sorted(spans, key=lambda span: span.start_ns)
     if not spans:
         return Summary(trace_id)
-    root = next((span for span in spans if {names.OPERATION, names.REQUEST_ID} <= span.attributes.keys()), None)
+    root = next((span for span in spans if span.attributes.keys() >= ROOT_ATTRIBUTES), None)
     first = root or next((span for span in spans if not span.parent_id), spans[0])
     by_name: dict[str, list[Span]] = {}
     for span in spans:

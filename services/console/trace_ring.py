@@ -11,7 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 
 from services.console.spans import Span
-from services.console.summary import Slo, Summary, summarise
+from services.console.summary import ROOT_ATTRIBUTES, Slo, Summary, summarise
 
 MAX_SPANS = 512
 #: A trace is slow when its first token came later than that of this share of its contemporaries.
@@ -77,7 +77,8 @@ class TraceRing:
             trace = self._recent[span.trace_id] = Trace(span.trace_id, self.spans_received, self.slos)
             self._make_room()
         trace.add(span)
-        if not span.parent_id or trace.summary.root_id == span.span_id:
+        # Only these can be a root; of the others no summary is made.
+        if not span.parent_id or (span.attributes.keys() >= ROOT_ATTRIBUTES and trace.summary.root_id == span.span_id):
             self._end(trace)
 
     def _end(self, trace: Trace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.console.chrome_trace import chrome_trace
 from services.console.feed import Feed
@@ -37,6 +37,8 @@ class Sources:
     feed: Feed
     trials: Trials
     receiver: TraceReceiver
+    #: To be awaited before anything is shown.
+    look: Callable[[], Awaitable[None]]
     cluster: Callable[[], Mapping[str, Any]]
     points: Callable[[int, int], Mapping[str, Any]]
     in_flight: Callable[[], list[dict[str, Any]]]
@@ -63,7 +65,14 @@ def web_app(sources: Sources, token: str) -> ASGIApp:
         Route("/api/try", views.attempt, methods=["POST"]),
         Route("/v1/traces", sources.receiver.over_http, methods=["POST"]),
     ]
-    return Guard(Starlette(routes=routes), token)
+    shown = Starlette(routes=routes)
+
+    async def looked_at(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].startswith("/api/"):
+            await sources.look()
+        await shown(scope, receive, send)
+
+    return Guard(looked_at, token)
 
 
 def _json(data: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,0 +1,68 @@
+"""What is heard is worked through together, and the loop dozes only while nobody looks."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from services.console.watch import DOZE_S, LINGER_S, MAX_KEPT, Inbox, Watch
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_what_was_kept_is_taken_in_order_and_by_its_time_of_arrival() -> None:
+    clock, taken = Clock(), list[tuple[Any, float]]()
+    inbox = Inbox(clock)
+    inbox.put(lambda message, at: taken.append((message, at)), "a")
+    clock.now = 101.0
+    inbox.put(lambda message, at: taken.append((message, at)), "b")
+    assert not taken
+    inbox.work_through()
+    inbox.work_through()
+    assert taken == [("a", 100.0), ("b", 101.0)]
+
+
+def test_it_is_bounded_and_one_defect_does_not_cost_the_others() -> None:
+    taken = list[int]()
+    inbox = Inbox(Clock())
+
+    def take(message: int, at: float) -> None:
+        if message == 7:
+            raise ValueError("a defect")
+        taken.append(message)
+
+    for number in range(MAX_KEPT + 5):
+        inbox.put(take, number)
+    assert len(inbox) == 5
+    assert taken == [number for number in range(MAX_KEPT) if number != 7]
+
+
+def test_who_has_asked_lately_looks_and_so_does_an_open_page() -> None:
+    clock, pages = Clock(), 0
+    looking = Watch(lambda: pages, clock)
+    assert not looking.on
+    looking.looked()
+    clock.now += LINGER_S - 1
+    assert looking.on
+    clock.now += 2
+    assert not looking.on
+    pages = 1
+    assert looking.on
+
+
+@pytest.mark.parametrize("pages", [0, 1])
+async def test_only_without_anybody_does_the_loop_sleep(pages: int) -> None:
+    slept = list[float]()
+    dozing = asyncio.create_task(Watch(lambda: pages, Clock(), slept.append).doze())
+    for _ in range(50):
+        await asyncio.sleep(0)
+    dozing.cancel()
+    assert bool(slept) == (pages == 0) and set(slept) <= {DOZE_S}
