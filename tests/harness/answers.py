@@ -54,7 +54,7 @@ class SimAnswers(_Smollm):
 
     def expected(self, prompt: Sequence[int], count: int) -> list[int]:
         content = TokenContent(prompt, SamplingParams(max_tokens=count), Vocabulary(VOCABULARY), BLOCK)
-        return [token for _ in range(count) if (token := content.draw(0).token) is not None]
+        return content.draw(0, count).tokens
 
 
 class RecordedAnswers(_Smollm):

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import uuid
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
@@ -59,7 +59,10 @@ _log = logging.getLogger(__name__)
 _BACK_TO_BACK_S = 0.02
 #: Steps that take no time at all let the event loop do other things so often; what they say leaves in one message.
 _BREATH_S = 0.002
+_LONGEST_WAIT_S = 60.0
 _KEPT_TIMINGS = 1000
+#: Steps that take no time are done together where they are only decodes; so many at most, for the sake of the others.
+_AT_ONCE = 32
 #: Of a pull whose producer never said how long its blocks are good for.
 _LONGEST_PULL_S = 600.0
 
@@ -114,11 +117,15 @@ class SimEngine:
         self._timings: deque[StepTiming] = deque(maxlen=_KEPT_TIMINGS)
         self._steps = 0
         self._last_step_at = 0.0
-        self._wake = asyncio.Event()
+        self._free = self._args.speedup == 0
+        self._end = 0.0
+        #: Calls the next step, or notices that the oldest lease ends.
+        self._timer: asyncio.Handle | None = None
+        self._waits = False
+        self._woken = False
         self._dead = asyncio.Event()
         self._on_kv_events: Callable[[Sequence[KvEvent]], None] = lambda events: None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
 
     # -- the port ------------------------------------------------------------------------------------------------
 
@@ -156,7 +163,7 @@ class SimEngine:
             except OSError as error:
                 raise EngineFailed(f"KV endpoint {self._config.kv_host}:{self._config.kv_port}: {error}") from error
         self._last_step_at = self._now()
-        self._task = asyncio.create_task(self._run(), name="sim-engine")
+        self._next(self._loop.call_soon(self._turn))
 
     def submit(self, request: EngineRequest, sink: Sink) -> None:
         try:
@@ -165,7 +172,7 @@ class SimEngine:
             self._undelivered.append((sink, EngineOutput(finish=FinishReason.ERROR, error=error)))
         else:
             self._live[request.request_id] = live
-        self._wake.set()
+        self._wake()
         if self._dead.is_set():
             self._loop_().call_soon(self._deliver_rest)
 
@@ -178,14 +185,14 @@ class SimEngine:
             self._model.pull_done(request_id, None)
         self._counts.ended[FinishReason.ABORT] += 1
         self._undelivered.append((live.sink, EngineOutput(finish=FinishReason.ABORT)))
-        self._wake.set()
+        self._wake()
 
     def claim_handoff(self, handoff_id: str, engine_id: str) -> float | None:
         return self._model.claim_handoff(handoff_id, self._now()) if engine_id == self._engine_id else None
 
     def release_handoff(self, handoff_id: str, *, pulled: bool) -> None:
         if self._model.release_handoff(handoff_id):
-            self._wake.set()
+            self._wake()
 
     def stats(self) -> EngineStats:
         now, model = self._now(), self._model
@@ -219,13 +226,13 @@ class SimEngine:
         self._publish(self._model.pool.take_events())
 
     async def stop(self) -> None:
-        tasks = [task for task in (self._task, *self._pulls.values(), *self._notices) if task is not None]
+        self._halt()
+        tasks = [*self._pulls.values(), *self._notices]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._kv_server.stop()
         self._end_all(EngineOutput(finish=FinishReason.ABORT))
-        self._dead.set()
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -274,56 +281,91 @@ class SimEngine:
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
-    async def _run(self) -> None:
+    def _wake(self) -> None:
+        """Something may have become possible. What comes in the same turn of the event loop is seen in one step."""
+        self._woken = True
+        if self._waits:
+            self._next(self._loop_().call_soon(self._turn))
+
+    def _next(self, timer: asyncio.Handle, *, waits: bool = False) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._waits = timer, waits
+
+    def _turn(self) -> None:
+        """Steps until one takes time, there is nothing to do, or others should have their turn. The event loop calls it
+        again, straight from a timer: a task that sleeps would cost it two more turns for every step."""
         try:
-            await self._step_forever()
+            self._step()
         except Exception as error:
             self._die(error)
 
     def _die(self, error: BaseException) -> None:
         """The engine's last words: whatever it was, every request must hear of it."""
         _log.error("simulated engine died", exc_info=error)
-        if self._task is not None:
-            self._task.cancel()
-        self._dead.set()
+        self._halt()
         self._end_all(EngineOutput(finish=FinishReason.ERROR, error=EngineFailed(f"the engine died: {error!r}")))
 
-    async def _step_forever(self) -> None:
-        end = breathed = 0.0
-        while True:
-            self._deliver_rest()
-            self._wake.clear()
-            now = self._now()
-            begin = end if now - end < _BACK_TO_BACK_S else now
-            result = self._model.step(begin)
-            self._start_pulls(result)
+    def _halt(self) -> None:
+        self._dead.set()
+        self._waits = False
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _step(self) -> None:
+        loop = self._loop_()
+        self._deliver_rest()
+        now = loop.time()
+        breath = now + _BREATH_S
+        while not self._dead.is_set():
+            self._woken = False
+            begin = self._end if now - self._end < _BACK_TO_BACK_S else now
+            plain = self._model.plain_steps(_AT_ONCE) if self._free else 0
+            result = self._model.run_quiet(plain, begin) if plain else self._model.step(begin)
+            if result.pulls or result.released:
+                self._start_pulls(result)
             if result.steps == 0:
                 self._publish(result.events)
                 self._deliver_kept()
-                await self._wait_for_work(now)
-                continue
-            end = begin + result.duration_s
+                self._wait_for_work(now)
+                return
+            self._end = begin + result.duration_s
             if result.duration_s:
-                await asyncio.sleep(max(0.0, end - self._now()))
-            self._steps += 1
-            self._last_step_at = self._now()
-            if result.timing is not None:
-                self._timings.append(replace(result.timing, duration_s=max(self._last_step_at - begin, 0.0)))
-            self._publish(result.events)
-            for output in result.outputs:
-                self._kept.setdefault(output.sequence.request_id, []).append(output)
-            if result.duration_s:
+                self._next(loop.call_at(self._end, self._end_step, begin, result))
+                return
+            now = self._stepped(begin, result)
+            if now > breath:
                 self._deliver_kept()
-            elif self._now() - breathed > _BREATH_S:
-                self._deliver_kept()
-                await asyncio.sleep(0)  # after the delivery: a first token does not wait for the rest
-                breathed = self._now()
+                self._next(loop.call_soon(self._turn))  # after the delivery: a first token does not wait for the rest
+                return
 
-    async def _wait_for_work(self, now: float) -> None:
-        expiry = self._model.next_expiry()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(None if expiry is None else max(0.001, expiry - now)):
-                await self._wake.wait()
+    def _end_step(self, begin: float, result: StepResult) -> None:
+        try:
+            self._stepped(begin, result)
+            self._deliver_kept()
+            self._step()
+        except Exception as error:
+            self._die(error)
+
+    def _stepped(self, begin: float, result: StepResult) -> float:
+        """``result`` is true now; returns the time."""
+        now = self._last_step_at = self._now()
+        self._steps += result.steps
+        if result.timing is not None:
+            self._timings.append(replace(result.timing, duration_s=max(now - begin, 0.0) / result.steps))
+        self._publish(result.events)
+        kept = self._kept
+        for output in result.outputs:
+            kept.setdefault(output.sequence.request_id, []).append(output)
+        return now
+
+    def _wait_for_work(self, now: float) -> None:
+        loop, expiry = self._loop_(), self._model.next_expiry()
+        if self._woken:  # by what was told just now
+            self._next(loop.call_soon(self._turn))
+        else:
+            wait_s = _LONGEST_WAIT_S if expiry is None else max(0.001, expiry - now)
+            self._next(loop.call_later(wait_s, self._turn), waits=True)
 
     def _deliver_kept(self) -> None:
         kept, self._kept = self._kept, {}
@@ -345,12 +387,12 @@ class SimEngine:
             counts.ended[last.finish] += 1
         if not live.started:
             counts.started(len(live.request.prompt), cached or 0)
-        tokens = [output.token for output in outputs if output.token is not None]
+        tokens = last.tokens if len(outputs) == 1 else [token for output in outputs for token in output.tokens]
         counts.generated_tokens += len(tokens)
         live.sink(self._engine_output(tokens, last, live))
         live.started = True
 
-    def _engine_output(self, tokens: list[int], last: Output, live: _Live) -> EngineOutput:
+    def _engine_output(self, tokens: Collection[int], last: Output, live: _Live) -> EngineOutput:
         sampling = live.request.sampling
         first = not live.started
         cached = last.sequence.cached_tokens
@@ -365,7 +407,7 @@ class SimEngine:
             count = max(1, sampling.prompt_logprobs)
             prompt_logprobs = [None, *(live.content.logprobs(t, count) for t in live.request.prompt[1:])]
         return EngineOutput(
-            token_ids=tokens,
+            token_ids=list(tokens),
             finish=last.finish,
             stop_token_id=last.stop_token_id,
             cached_tokens=cached if first else None,
@@ -437,7 +479,7 @@ class SimEngine:
             live.transfer_s = live.transfer_ended_s - began
         del self._pulls[pull.request_id]
         self._model.pull_done(pull.request_id, contents)
-        self._wake.set()
+        self._wake()
 
     async def _decline(self, live: _Live) -> None:
         """All of the prompt is cached here: the producer need not hold it."""

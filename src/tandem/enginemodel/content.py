@@ -22,17 +22,20 @@ from tandem.core.blocks import block_hash, chain, root_hash, sequence_hashes, to
 from tandem.core.types import SamplingParams
 
 
-@dataclass(slots=True)
 class Draw:
-    """The outcome of one sampling. ``token`` is None where no tokens are modelled."""
+    """What was sampled, in one or more steps; ``tokens`` is empty where none are modelled. A plain class, as it is made
+    for every step of every sequence."""
 
-    token: int | None = None
-    stop: bool = False
-    stop_token_id: int | None = None
+    __slots__ = ("stop", "stop_token_id", "tokens")
+
+    def __init__(self, tokens: list[int], stop: bool = False, stop_token_id: int | None = None) -> None:
+        self.tokens = tokens
+        self.stop = stop
+        self.stop_token_id = stop_token_id
 
 
 class Content(Protocol):
-    """Grows by one token per ``draw``; ``hashes`` covers its full blocks as far as they are known."""
+    """Grows by what is drawn; ``hashes`` covers its full blocks as far as they are known."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -51,7 +54,9 @@ class Content(Protocol):
         """True if ``draw`` neither gives tokens nor stops, so that it need not be called."""
         ...
 
-    def draw(self, taint: int) -> Draw: ...
+    def draw(self, taint: int, count: int = 1) -> Draw:
+        """The next ``count`` tokens, or fewer if one of them stops it."""
+        ...
 
     def tail_hash(self) -> int:
         """Hash of the prompt's last, partly filled block; 0 if there is none."""
@@ -72,8 +77,8 @@ class HashContent:
     cache_salt: str = ""
     silent: bool = True
 
-    def draw(self, taint: int) -> Draw:
-        return Draw()
+    def draw(self, taint: int, count: int = 1) -> Draw:
+        return Draw([])
 
     def tail_hash(self) -> int:
         return 0
@@ -125,16 +130,22 @@ class TokenContent:
     def output_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
 
-    def draw(self, taint: int) -> Draw:
+    def draw(self, taint: int, count: int = 1) -> Draw:
         sampling = self._sampling
-        early = self.output_tokens < sampling.min_tokens
-        token = self._pick(self._state.intdigest() ^ taint, early)
-        self._append(token)
-        if early:
-            return Draw(token)
-        if token in sampling.stop_token_ids:
-            return Draw(token, stop=True, stop_token_id=token)
-        return Draw(token, stop=token == self._vocabulary.eos_id and not sampling.ignore_eos)
+        eos = None if sampling.ignore_eos else self._vocabulary.eos_id
+        drawn: list[int] = []
+        for _ in range(count):
+            early = self.output_tokens < sampling.min_tokens
+            token = self._pick(self._state.intdigest() ^ taint, early)
+            self._append(token)
+            drawn.append(token)
+            if early:
+                continue
+            if token in sampling.stop_token_ids:
+                return Draw(drawn, stop=True, stop_token_id=token)
+            if token == eos:
+                return Draw(drawn, stop=True)
+        return Draw(drawn)
 
     def _pick(self, digest: int, early: bool) -> int:
         """``early``: tokens that would end the sequence are masked out."""

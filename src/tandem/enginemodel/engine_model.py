@@ -213,8 +213,23 @@ class EngineModel:
         per_step = step_s(self.profile, 0, 0, len(self.decoding), self.decode_kv_tokens)
         return steps * per_step + self.profile.d2 * len(self.decoding) * (steps * (steps - 1) // 2)
 
+    def plain_steps(self, most: int) -> int:
+        """How many steps in a row, at most ``most``, are sure to be plain decodes with an outcome each, so that
+        ``run_quiet`` may do them: nobody joins, there are blocks, and nobody reaches a limit before the last. A token
+        that stops its sequence may come in any of them. 0 = call ``step``."""
+        if self.prefilling or not self.decoding or not (self._blocked or self._head() is None):
+            return 0
+        limit = self.config.context_limit
+        for sequence in self.decoding:
+            left = 0 if sequence.produce_handoff else sequence.max_tokens - sequence.output_tokens
+            most = min(most, left, limit - sequence.length)
+        while most > 1 and self._growth_within(most) > self.pool.num_free:
+            most //= 2
+        return most if most > 1 else 0
+
     def run_quiet(self, steps: int, now: float) -> StepResult:
-        """Do ``steps`` (at most ``quiet_steps()``) steps from ``now`` on, as so many calls of ``step`` would."""
+        """Do ``steps`` (at most ``quiet_steps()`` or ``plain_steps()``) steps from ``now`` on, as so many calls of
+        ``step`` would; all tokens of a sequence are one output."""
         batch, kv_tokens = len(self.decoding), self.decode_kv_tokens
         result = StepResult(duration_s=self.quiet_s(steps), steps=steps)
         mean_kv = kv_tokens + batch * (steps - 1) // 2
@@ -358,8 +373,9 @@ class EngineModel:
             if self._due_in > 0:
                 return
         for sequence in [s for s in decodes if s.length >= s.decode_target]:
-            sequence.length -= 1
-            self._draw(sequence, end, result)
+            count = 1 if sequence.content.silent else steps
+            sequence.length -= count
+            self._draw(sequence, count, end, result)
 
     def _advance_prefill(self, sequence: Sequence, count: int, end: float, result: StepResult) -> None:
         sequence.computed += count
@@ -369,17 +385,21 @@ class EngineModel:
         self.prefilling.remove(sequence)
         self._start_decode(sequence)
         self.decode_kv_tokens += 1
-        self._draw(sequence, end, result)
+        self._draw(sequence, 1, end, result)
 
-    def _draw(self, sequence: Sequence, end: float, result: StepResult) -> None:
-        """Its KV is written up to ``length``; one more token comes (``decode_kv_tokens`` counts it already)."""
+    def _draw(self, sequence: Sequence, count: int, end: float, result: StepResult) -> None:
+        """Its KV is written up to ``length``; ``count`` more tokens come (``decode_kv_tokens`` counts them already)."""
         self._cache_blocks(sequence, sequence.length)
         if sequence.produce_handoff:
             self._produce(sequence, end, result)
             return
         content = sequence.content
-        draw = content.draw(sequence.taint)
-        sequence.length += 1
+        draw = content.draw(sequence.taint, count)
+        if count > 1:
+            self.decode_kv_tokens -= count - len(draw.tokens)
+            count = len(draw.tokens)
+            self._cache_blocks(sequence, sequence.length + count - 1)
+        sequence.length += count
         finish = None
         if draw.stop:
             finish = FinishReason.STOP
@@ -391,7 +411,7 @@ class EngineModel:
         else:
             self._set_target(sequence)
         if finish is not None or not content.silent or sequence.output_tokens == 1:
-            result.outputs.append(Output(sequence, draw.token, finish, draw.stop_token_id))
+            result.outputs.append(Output(sequence, draw.tokens, finish, draw.stop_token_id))
 
     def _produce(self, sequence: Sequence, end: float, result: StepResult) -> None:
         size, prompt = self.config.block_size, sequence.content.prompt_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -74,21 +75,21 @@ class Pull:
 
 
 class Output:
-    """News about one request; ``token`` is None where no tokens are modelled, or none was drawn. A plain class, as it
-    is made for every token."""
+    """News about one request; ``tokens`` is empty where none are modelled, or none was drawn. A plain class, as it is
+    made for every step of every sequence."""
 
-    __slots__ = ("finish", "handoff", "sequence", "stop_token_id", "token")
+    __slots__ = ("finish", "handoff", "sequence", "stop_token_id", "tokens")
 
     def __init__(
         self,
         sequence: Sequence,
-        token: int | None = None,
+        tokens: Collection[int] = (),
         finish: FinishReason | None = None,
         stop_token_id: int | None = None,
         handoff: Handoff | None = None,
     ) -> None:
         self.sequence = sequence
-        self.token = token
+        self.tokens = tokens
         self.finish = finish
         self.stop_token_id = stop_token_id
         self.handoff = handoff

@@ -35,7 +35,7 @@ LONG_S = 20.0
 def words(prompt: Sequence[int], count: int) -> list[int]:
     """The ``count`` tokens that follow ``prompt``."""
     content = TokenContent(prompt, SamplingParams(max_tokens=count), Vocabulary(VOCABULARY), BLOCK)
-    return [token for _ in range(count) if (token := content.draw(0).token) is not None]
+    return content.draw(0, count).tokens
 
 
 async def until(condition: Callable[[], Any], what: str, timeout_s: float = LONG_S) -> None:

@@ -32,7 +32,7 @@ def sequence(request_id: str, prompt: list[int], max_tokens: int = 10, **kw: obj
 def alone(prompt: list[int], max_tokens: int) -> list[int]:
     """What the request says on an engine of its own."""
     content = TokenContent(prompt, SamplingParams(max_tokens=max_tokens), WORDS, BLOCK)
-    return [content.draw(0).token or 0 for _ in range(max_tokens)]
+    return content.draw(0, max_tokens).tokens
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Driver:
     """Runs a model and keeps the books that it is checked against."""
 
     model: EngineModel
+    #: Plain decodes, up to so many, are done together.
+    at_once: int = 0
     now: float = 0.0
     tokens: dict[str, list[int]] = field(default_factory=dict)
     finishes: Counter[str] = field(default_factory=Counter)
@@ -50,15 +52,16 @@ class Driver:
 
     def step(self) -> StepResult:
         config = self.model.config
-        result = self.model.step(self.now)
+        plain = self.model.plain_steps(self.at_once)
+        result = self.model.run_quiet(plain, self.now) if plain else self.model.step(self.now)
         self.now += result.duration_s
         self.learn(result.events)
         self.pulls += [pull.request_id for pull in result.pulls]
         for output in result.outputs:
             request_id = output.sequence.request_id
             assert not self.finishes[request_id], "news after the end"
-            if output.token is not None:
-                self.tokens.setdefault(request_id, []).append(output.token)
+            if output.tokens:
+                self.tokens.setdefault(request_id, []).extend(output.tokens)
             self.finishes[request_id] += output.finish is not None
         if result.timing is not None:
             assert result.timing.prefill_tokens + result.timing.decode_sequences <= config.max_batched_tokens
@@ -99,6 +102,25 @@ class Driver:
 def driver(**kw: int) -> Driver:
     options = {"num_blocks": 32, "block_size": BLOCK, "max_num_seqs": 4, "max_batched_tokens": 8} | kw
     return Driver(EngineModel(ModelConfig(**options), PROFILE))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stops", [(), (107, 121)])
+def test_plain_decodes_done_together_say_what_they_say_one_by_one(stops: tuple[int, ...]) -> None:
+    """With room for some of them only, and, by ``stops``, ends that nobody can foresee. ``Driver.check`` keeps the
+    books: blocks, cache and lengths after every call."""
+    said = []
+    for at_once in (0, 16):
+        d, rng = driver(num_blocks=24), random.Random(7)
+        d.at_once = at_once
+        for number in range(12):
+            prompt, most = [rng.randrange(50) for _ in range(rng.randint(1, 12))], rng.randint(1, 40)
+            sampling = SamplingParams(max_tokens=most, stop_token_ids=stops)
+            d.model.submit(Sequence(f"r{number}", TokenContent(prompt, sampling, WORDS, BLOCK), most))
+        d.run()
+        assert all(ends == 1 for ends in d.finishes.values()) and len(d.finishes) == 12
+        said.append(d.tokens)
+        assert any(result.steps > 1 for result in d.results) == bool(at_once)
+    assert said[0] == said[1]
 
 
 def test_chunked_prefill_beside_decodes() -> None:
