@@ -68,10 +68,14 @@ class RequestTable:
         key = request.key
         if key in self._requests or self.is_fenced(key):
             return False
-        if any(k.choice == key.choice and k.attempt > key.attempt for k in self._by_id.get(key.id, ())):
+        siblings = self._by_id.get(key.id)
+        if siblings is None:
+            self._by_id[key.id] = {key}
+        elif any(k.choice == key.choice and k.attempt > key.attempt for k in siblings):
             return False
+        else:
+            siblings.add(key)
         self._requests[key] = request
-        self._by_id.setdefault(key.id, set()).add(key)
         self.running += 1
         return True
 
@@ -88,11 +92,13 @@ class RequestTable:
         return [r for r in known if r.finish is None and self.is_fenced(r.key)]
 
     def is_fenced(self, key: RequestKey) -> bool:
+        if not self._fences:
+            return False
         highest = max(self._fences.get((key.id, None), -1), self._fences.get((key.id, key.choice), -1))
         return key.attempt <= highest
 
     def of_frontend(self, frontend: str) -> list[Running]:
-        return [r for r in self._requests.values() if r.finish is None and r.submit.frontend == frontend]
+        return [r for r in self._requests.values() if r.finish is None and r.frontend == frontend]
 
     def unfinished(self) -> list[Running]:
         return [r for r in self._requests.values() if r.finish is None]
@@ -101,9 +107,10 @@ class RequestTable:
         """``request`` has ended; its tokens stay for ``retention_s``."""
         request.finish = finish
         request.finished_at = now
-        # Repair needs the tokens only, and a long prompt is most of what would be kept.
-        request.submit.ClearField("prompt")
-        request.submit.ClearField("block_hashes")
+        # Repair needs the tokens only, and the prompt is most of what would be kept. A parsed message gives its memory
+        # back as a whole: clearing its fields would free nothing.
+        submit = request.submit
+        request.submit = bus_pb2.Submit(key=submit.key, isl_tokens=submit.isl_tokens, embed=submit.embed)
         self.running -= 1
         self._finished.append((now, request.key))
 
