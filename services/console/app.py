@@ -145,7 +145,6 @@ class Console:
             tasks.create_task(self.view.run(), name="ask the routers")
             tasks.create_task(self._counts.run(), name="count requests")
             tasks.create_task(self._publish(), name="feed pages")
-            tasks.create_task(self.watch.doze(), name="doze")
             tasks.create_task(self._http.serve(sockets=[self._socket]), name="serve")
 
     async def close(self) -> None:

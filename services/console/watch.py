@@ -1,16 +1,12 @@
 """Whether anybody looks at the console, and what it saves while nobody does.
 
-Most of the time nobody looks, and nobody ever waits for it. Yet a busy cluster says hundreds of things a second, each
-of which wakes a process whose caches have gone cold meanwhile. So what is heard is kept as it came, with its time, and
-worked through together; and while nobody looks, the event loop sleeps for a moment between its turns, and reads what
-came meanwhile in one.
+Most of the time nobody looks, and nobody ever waits for it, yet a busy cluster says hundreds of things a second. So
+what is heard is kept as it came, with its time, and worked through together.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +14,6 @@ log = logging.getLogger(__name__)
 
 #: So long after the API was asked somebody still counts as looking: `tandem top` and scripts ask again and again.
 LINGER_S = 10.0
-#: How late what nobody sees is heard; in the map's history, times are that coarse.
-DOZE_S = 0.05
-#: What one message sets going (an RPC's end, its task, the next call) takes a few turns of the loop.
-_TURNS = 4
 #: Messages that wait to be worked through.
 MAX_KEPT = 4096
 
@@ -29,12 +21,9 @@ MAX_KEPT = 4096
 class Watch:
     """Looking: a page is open (``pages``), or ``looked`` was called within ``LINGER_S``."""
 
-    def __init__(
-        self, pages: Callable[[], int], now: Callable[[], float], sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, pages: Callable[[], int], now: Callable[[], float]) -> None:
         self._pages = pages
         self._now = now
-        self._sleep = sleep
         self._looked_at = -LINGER_S
 
     @property
@@ -43,16 +32,6 @@ class Watch:
 
     def looked(self) -> None:
         self._looked_at = self._now()
-
-    async def doze(self) -> None:
-        """Until cancelled. Blocks the loop on purpose, in short pieces."""
-        while True:
-            if self.on:
-                await asyncio.sleep(1.0)
-            else:
-                self._sleep(DOZE_S)  # one waking, instead of one a message
-                for _ in range(_TURNS):
-                    await asyncio.sleep(0)
 
 
 class Inbox:

@@ -1,13 +1,10 @@
-"""What is heard is worked through together, and the loop dozes only while nobody looks."""
+"""What is heard is worked through together."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
-import pytest
-
-from services.console.watch import DOZE_S, LINGER_S, MAX_KEPT, Inbox, Watch
+from services.console.watch import LINGER_S, MAX_KEPT, Inbox, Watch
 
 
 class Clock:
@@ -56,13 +53,3 @@ def test_who_has_asked_lately_looks_and_so_does_an_open_page() -> None:
     assert not looking.on
     pages = 1
     assert looking.on
-
-
-@pytest.mark.parametrize("pages", [0, 1])
-async def test_only_without_anybody_does_the_loop_sleep(pages: int) -> None:
-    slept = list[float]()
-    dozing = asyncio.create_task(Watch(lambda: pages, Clock(), slept.append).doze())
-    for _ in range(50):
-        await asyncio.sleep(0)
-    dozing.cancel()
-    assert bool(slept) == (pages == 0) and set(slept) <= {DOZE_S}
