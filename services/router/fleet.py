@@ -76,6 +76,8 @@ class Fleet:
         self._model = model
         self._liveness = liveness
         self._hop_timeout_s = hop_timeout_s
+        #: Who is silent for longer is asked: in time to know at the hop timeout whether it hangs.
+        self._patience_s = min(liveness.suspect_s, hop_timeout_s / 2)
         self._listener = listener
         self._now = now
         self._look_now = asyncio.Event()
@@ -131,8 +133,10 @@ class Fleet:
             log.warning("registry not read: %s", error)
 
     async def watch_silence(self) -> None:
+        """As soon as anybody may be silent for too long, and at every tick while somebody is."""
         while True:
-            await asyncio.sleep(TICK_S)
+            silent = max(map(self._silent_s, self.members.values()), default=0.0)
+            await asyncio.sleep(max(TICK_S, self._patience_s - silent))
             self.look_for_silence()
 
     def look_for_silence(self) -> None:
@@ -142,8 +146,7 @@ class Fleet:
             silent = self._silent_s(member)
             if silent > self._liveness.suspect_s:
                 self._make_suspect(member)
-            # Asked in time to know at the hop timeout whether it hangs.
-            if silent > min(self._liveness.suspect_s, self._hop_timeout_s / 2):
+            if silent > self._patience_s:
                 self._probe(member)
 
     async def close(self) -> None:

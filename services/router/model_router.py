@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import grpc
 from msgspec import Struct
@@ -25,7 +26,7 @@ from services.router.tracing import RouterTraces, Stay
 from tandem.adapters.bus import Bus, Message
 from tandem.adapters.deployment import Liveness
 from tandem.adapters.grpc_server import open_channel
-from tandem.adapters.store import Counters, Leases, PrefixIndex, Registry
+from tandem.adapters.store import Counters, Found, Leases, PrefixIndex, Registry
 from tandem.core.effects import Place, Recall, Refuse
 from tandem.core.policy import Policy, RequestClass, Tenant
 from tandem.core.scheduler import Scheduler
@@ -106,7 +107,7 @@ class ModelRouter:
         self._arrived: list[tuple[Request, bytes]] = []
         self._fences = Fences()
         self._doubts = Doubts(settings.ask_after_s)
-        self._tasks: asyncio.TaskGroup | None = None
+        self._loop = asyncio.get_running_loop()
         self._wakeup: asyncio.TimerHandle | None = None
         self._wakes_at = 0.0
         self._poll_due: asyncio.Handle | None = None
@@ -139,7 +140,6 @@ class ModelRouter:
         bus = self._bus
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
                 await bus.subscribe(subjects.requests(self._cluster, self.model, self._router), self._on_submit)
                 await bus.subscribe(subjects.aborts(self._cluster, self.model), self._on_abort)
                 await bus.subscribe(subjects.events(self._cluster, self.model), self._on_events)
@@ -157,7 +157,12 @@ class ModelRouter:
             await self.fleet.close()
 
     async def explain(self, request: Request, hashes: bytes) -> Explanation:
-        return self.scheduler.explain(request, (await self._cached([hashes]))[0], self._now())
+        found: Found
+        try:
+            found = [await self._index.lookup(self.model, hashes)]
+        except StoreUnavailable as error:
+            found = error
+        return self.scheduler.explain(request, self._cached(found, 1)[0], self._now())
 
     def reconfigure(self, policy: Policy, classes: Mapping[str, RequestClass], tenants: Mapping[str, Tenant]) -> None:
         """For what is decided from now on."""
@@ -183,22 +188,32 @@ class ModelRouter:
         stay = self._traces.arrived(submit.traceparent, request)
         self._submitted[key] = _Submitted(message.data, submit.frontend, submit.rid, now, stay)
         self._looking.add(key)
-        if not self._arrived:  # one task and one question to the index for all of this turn
-            assert self._tasks is not None
-            self._tasks.create_task(self._take_arrived())
+        if not self._arrived:
+            self._loop.call_soon(self._look_up)
         self._arrived.append((request, submit.block_hashes))
         return None
 
-    async def _take_arrived(self) -> None:
+    def _look_up(self) -> None:
+        """One question to the index for all that has arrived in this turn of the event loop."""
         arrived, self._arrived = self._arrived, []
-        found = await self._cached([hashes for _, hashes in arrived])
-        for (request, _), cached in zip(arrived, found, strict=True):
+        requests = [request for request, _ in arrived]
+        prompts = [hashes for _, hashes in arrived]
+        if any(prompts):
+            self._index.ask(self.model, prompts, partial(self._looked_up, requests))
+        else:
+            self._take(requests, [{}] * len(requests))
+
+    def _looked_up(self, requests: Sequence[Request], found: Found) -> None:
+        self._take(requests, self._cached(found, len(requests)))
+
+    def _take(self, requests: Sequence[Request], cached: Sequence[Mapping[str, int]]) -> None:
+        for request, found in zip(requests, cached, strict=True):
             if request.key in self._looking:  # else cancelled while we looked
                 self._looking.remove(request.key)
-                self._take(request, cached)
-        self._poll_soon()
+                self._queue(request, found)
+        self._poll()
 
-    def _take(self, request: Request, cached: Mapping[str, int]) -> None:
+    def _queue(self, request: Request, cached: Mapping[str, int]) -> None:
         stay = self._submitted[request.key].stay
         if stay is not None:
             self._traces.queued(stay, cached, self.scheduler.num_queued)
@@ -207,18 +222,14 @@ class ModelRouter:
         except TandemError as error:
             self._refuse(request.key, error)
 
-    async def _cached(self, prompts: Sequence[bytes]) -> Sequence[Mapping[str, int]]:
-        """worker -> cached prompt tokens, of each. Empty when the index cannot be asked: routing goes on by load
+    def _cached(self, found: Found, num_prompts: int) -> Sequence[Mapping[str, int]]:
+        """worker -> cached prompt tokens, of each. Empty when the index could not be asked: routing goes on by load
         alone."""
-        if not any(prompts):
-            return [{}] * len(prompts)
-        try:
-            found = await self._index.lookup_all(self.model, prompts)
-        except StoreUnavailable as error:
+        if isinstance(found, TandemError):
             if not self.index_away:
-                log.warning("routing by load alone: %s", error)
+                log.warning("routing by load alone: %s", found)
             self.index_away = True
-            return [{}] * len(prompts)
+            return [{}] * num_prompts
         self.index_away = False
         return [self._by_worker(depths) if depths else {} for depths in found]
 
@@ -240,7 +251,7 @@ class ModelRouter:
             submitted = self._submitted.pop(key, None)
             if submitted is not None and submitted.stay is not None:
                 self._traces.ended(submitted.stay, Cancelled("not wanted any more"))
-        self._poll_soon()
+        self._poll_if_anyone_waits()
 
     # -- from workers ----------------------------------------------------------------------------------------------
 
@@ -251,20 +262,20 @@ class ModelRouter:
         self.leadership.hear(report.epoch)
         if self.fleet.heard(report):
             self.scheduler.worker_load(codec.load_from_wire(report), self._now())
-            self._poll_soon()
+            self._poll_if_anyone_waits()
 
     def _on_events(self, message: Message) -> None:
         batch = bus_pb2.LifecycleEvents.FromString(message.data)
         now = self._now()
         for event in batch.events:
-            key = codec.key_from_wire(event.key)
-            if event.phase != bus_pb2.PHASE_UNKNOWN:
+            key, phase = codec.key_from_wire(event.key), event.phase
+            if phase != bus_pb2.PHASE_UNKNOWN:
                 self._doubts.heard(key, now)
-            match event.phase:
-                case bus_pb2.PHASE_PREFILL_DONE:
-                    self.scheduler.prefill_done(key, now)
+            match phase:
                 case bus_pb2.PHASE_DECODING:
                     self.scheduler.decode_started(key, now)
+                case bus_pb2.PHASE_PREFILL_DONE:
+                    self.scheduler.prefill_done(key, now)
                 case bus_pb2.PHASE_FINISHED:
                     self.scheduler.finished(key, event.output_tokens, event.cached_tokens, now)
                     self._submitted.pop(key, None)
@@ -275,7 +286,7 @@ class ModelRouter:
                     if self._doubts.denied(key, batch.worker.id):
                         log.warning("request %s is known to none of its workers any more", key.id)
                         self._fail(key, UnknownRequest("none of its workers knows this request"))
-        self._poll_soon()
+        self._poll_if_anyone_waits()
 
     def _on_bounce(self, message: Message) -> None:
         """Nobody took an assignment."""
@@ -393,7 +404,13 @@ class ModelRouter:
     def _poll_soon(self) -> None:
         """Once for all that this turn of the event loop brings."""
         if self._poll_due is None:
-            self._poll_due = asyncio.get_running_loop().call_soon(self._poll)
+            self._poll_due = self._loop.call_soon(self._poll)
+
+    def _poll_if_anyone_waits(self) -> None:
+        """Who is placed may have given room back: that decides nothing while the queue is empty, and what time alone
+        brings (``next_wakeup``) is armed already."""
+        if self.scheduler.num_queued:
+            self._poll_soon()
 
     def _poll(self) -> None:
         if self._poll_due is not None:
@@ -421,7 +438,7 @@ class ModelRouter:
                 return
             self._wakeup.cancel()
         self._wakes_at = at
-        self._wakeup = asyncio.get_running_loop().call_later(at - now, self._woken)
+        self._wakeup = self._loop.call_later(at - now, self._woken)
 
     def _woken(self) -> None:
         self._wakeup = None

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tandem.adapters.embedded import RedisServer
 from tandem.adapters.redis_client import connect
 from tandem.adapters.redis_store import MAX_SLOTS, RedisPrefixIndex, RedisRegistry
+from tandem.adapters.store import Found, PrefixIndex
 from tandem.core.blocks import root_hash, sequence_hashes, token_bytes
 from tandem.core.types import WorkerSpec
 from tandem.errors import StoreUnavailable
@@ -43,6 +44,15 @@ async def join(world: World, worker: str = "w1", incarnation: int = 1) -> Worker
     return await world.registry.register(spec(worker, incarnation), ttl_s=TTL_S)
 
 
+async def told(index: PrefixIndex, prompts: list[bytes]) -> Found:
+    """What ``ask`` tells about them."""
+    answer: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
+    index.ask(MODEL, prompts, answer.set_result)
+    assert not answer.done(), "told from within"
+    async with asyncio.timeout(10.0):
+        return await answer
+
+
 async def test_depth_per_worker(world: World) -> None:
     w1, w2, w3 = [await join(world, f"w{i}") for i in range(3)]
     prompt = chain(*range(100))
@@ -57,8 +67,8 @@ async def test_depth_per_worker(world: World) -> None:
     assert await world.index.lookup(MODEL, b"") == {}
     assert await world.index.lookup("other", packed(prompt)) == {}
     prompts = [packed(prompt[:36]), b"", packed(chain(7, 8)), packed(prompt)]
-    assert await world.index.lookup_all(MODEL, prompts) == [await world.index.lookup(MODEL, p) for p in prompts]
-    assert await world.index.lookup_all(MODEL, []) == []
+    assert await told(world.index, prompts) == [await world.index.lookup(MODEL, p) for p in prompts]
+    assert await told(world.index, []) == []
     assert await world.index.size(MODEL) == 102
     assert await world.index.size("other") == 0
 
@@ -248,7 +258,7 @@ async def test_a_server_that_is_paused_costs_lookups_a_deadline_and_one_that_was
         await index.update(worker, add=chain(1, 2), remove=[])
         server.pause()
         asked = [index.lookup(MODEL, packed(chain(1, 2))) for _ in range(50)]
-        asked.append(index.lookup_all(MODEL, [packed(chain(1, 2))] * 3))  # type: ignore[arg-type]
+        asked.append(told(index, [packed(chain(1, 2))] * 3))  # type: ignore[arg-type]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         assert {type(answer) for answer in answers} == {StoreUnavailable}
         server.resume()
@@ -262,8 +272,9 @@ async def test_a_server_that_is_paused_costs_lookups_a_deadline_and_one_that_was
         answers = await asyncio.gather(*(index.lookup(MODEL, packed(chain(1))) for _ in range(200)))
         assert answers == [{}] * 200
         await client.call("SCRIPT", "FLUSH")
-        assert await index.lookup_all(MODEL, [packed(chain(1))] * 3) == [{}] * 3
+        assert await told(index, [packed(chain(1))] * 3) == [{}] * 3
         await client.aclose()
+        assert isinstance(await told(index, [packed(chain(1))]), StoreUnavailable)
         with pytest.raises(StoreUnavailable):
             await index.lookup(MODEL, packed(chain(1)))
 

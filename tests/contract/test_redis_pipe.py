@@ -68,3 +68,29 @@ async def test_a_refused_login_leaves_no_connection_and_is_not_tried_again_at_on
         async with asyncio.timeout(10.0):
             while server.open:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
+
+
+async def test_an_asker_s_defect_is_told_of_and_harms_no_other() -> None:
+    complaints: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(str(context["exception"])))
+    async with serving(b":1\r\n", timeout_s=10.0) as (server, pipe):
+
+        def defective(_: object) -> None:
+            raise RuntimeError("a defect")
+
+        assert await pipe.run(SCRIPT, [], [()]) == [1]
+        pipe.ask(SCRIPT, [], [()], defective)
+        async with asyncio.timeout(10.0):
+            while not complaints:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert await pipe.run(SCRIPT, [], [()]) == [1]
+        assert complaints == ["a defect"] and server.accepted == 1
+
+
+async def test_asking_a_closed_pipe_is_answered_later() -> None:
+    async with serving(b"", timeout_s=10.0) as (_, pipe):
+        pipe.close()
+        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        pipe.ask(SCRIPT, [], [()], answer.set_result)
+        assert not answer.done()
+        assert isinstance(await answer, StoreUnavailable)

@@ -6,13 +6,14 @@ that went away, ``wipe`` one that came back empty. Time is an argument, so that 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tandem.adapters.clock import monotonic
-from tandem.adapters.store import SHARED_BY_A_MODEL, Lease
+from tandem.adapters.store import SHARED_BY_A_MODEL, Found, Lease
 from tandem.core.types import WorkerSpec
 from tandem.errors import IncompatibleWorker, StoreUnavailable
 
@@ -193,14 +194,22 @@ class MemoryPrefixIndex:
         self._store = store
 
     async def lookup(self, model: str, hashes: bytes) -> Mapping[int, int]:
+        return self._look_up(model, hashes)
+
+    def ask(self, model: str, prompts: Sequence[bytes], tell: Callable[[Found], None]) -> None:
+        found: Found
+        try:
+            found = [self._look_up(model, hashes) for hashes in prompts]
+        except StoreUnavailable as error:
+            found = error
+        asyncio.get_running_loop().call_soon(tell, found)
+
+    def _look_up(self, model: str, hashes: bytes) -> Mapping[int, int]:
         self._store.check()
         index = self._store.index(model)
         wanted = array("Q", hashes)
         depths = {slot: _depth(wanted, index.blocks.get(slot, set())) for slot in index.slots}
         return {slot: depth for slot, depth in depths.items() if depth}
-
-    async def lookup_all(self, model: str, prompts: Sequence[bytes]) -> list[Mapping[int, int]]:
-        return [await self.lookup(model, hashes) for hashes in prompts]
 
     async def update(self, spec: WorkerSpec, *, add: Sequence[int], remove: Sequence[int]) -> bool:
         self._store.check()

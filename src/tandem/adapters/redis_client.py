@@ -17,7 +17,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from tandem.adapters.redis_pipe import RedisPipe
+from tandem.adapters.redis_pipe import RedisPipe, Tell
 from tandem.adapters.redis_script import Argument, Script
 from tandem.errors import ConfigError, InternalError, StoreUnavailable
 
@@ -75,6 +75,10 @@ class RedisClient:
         """As ``run``, once with each of ``calls`` as its arguments, at a fraction of the CPU: over a connection for
         short calls only, which many share at a time."""
         return await self._pipe.run(script, keys, calls)
+
+    def ask_piped(self, script: Script, keys: Sequence[str], calls: Sequence[Sequence[Argument]], tell: Tell) -> None:
+        """As ``run_piped``, for a callback in the place of a task that waits."""
+        self._pipe.ask(script, keys, calls, tell)
 
     async def call(self, *command: Argument) -> Any:
         return await self._call(str(command[0]), *command)

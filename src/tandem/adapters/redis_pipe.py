@@ -5,6 +5,8 @@ hiredis reads the replies, which takes a third to a fifth of redis-py's CPU (doc
 are answered in their order; when the first of them is not within ``timeout_s``, all that wait fail with
 StoreUnavailable and the connection is given up. The next call makes a new one: one attempt for all who wait, and none
 for a moment after one that nobody answered or whose login was refused.
+
+``ask`` tells a callback straight from the socket's; ``run`` awaits the same.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import hiredis
@@ -20,7 +23,7 @@ from redis.asyncio.connection import parse_url
 
 from tandem.adapters.clock import monotonic
 from tandem.adapters.redis_script import Argument, Script
-from tandem.errors import InternalError, StoreUnavailable
+from tandem.errors import InternalError, StoreUnavailable, TandemError
 
 #: After an attempt to connect that nobody answered, or whose login was refused, calls fail like it for so long.
 _PAUSE_S = 0.5
@@ -31,12 +34,17 @@ _AWAY = ("LOADING", "BUSY", "MISCONF", "NOREPLICAS", "NOAUTH", "WRONGPASS", "REA
          "CLUSTERDOWN", "MASTERDOWN", "ERR max number of clients")  # fmt: skip
 
 
+#: Gets the answers, one for each call, or why there are none.
+Tell = Callable[[list[Any] | TandemError], None]
+
+
 class RedisPipe:
     """``url``: as redis-py understands it, and not checked again here."""
 
     def __init__(self, url: str, *, timeout_s: float) -> None:
         self._options: dict[str, Any] = dict(parse_url(url))
         self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
         self._connection: _Connection | None = None
         self._attempt: asyncio.Task[_Connection] | None = None
         self._failure = ""
@@ -46,35 +54,68 @@ class RedisPipe:
     async def run(self, script: Script, keys: Sequence[str], calls: Sequence[Sequence[Argument]]) -> list[Any]:
         """The script's answers to each of ``calls``, its arguments. One round trip for all, two when the server does
         not know the script yet (it was started anew)."""
-        replies = await self._ask([("EVALSHA", script.sha, len(keys), *keys, *args) for args in calls])
-        unknown = [i for i, reply in enumerate(replies) if type(reply) is hiredis.ReplyError and _is_unknown(reply)]
-        if unknown:
-            again = await self._ask([("EVAL", script.source, len(keys), *keys, *calls[i]) for i in unknown])
-            for i, reply in zip(unknown, again, strict=True):
-                replies[i] = reply
-        return [_checked(reply, script.name) for reply in replies]
+        answer: asyncio.Future[list[Any]] = self._loop.create_future()
+        self.ask(script, keys, calls, partial(_settle, answer))
+        return await answer
 
-    async def _ask(self, commands: Sequence[tuple[Argument, ...]]) -> list[Any]:
+    def ask(self, script: Script, keys: Sequence[str], calls: Sequence[Sequence[Argument]], tell: Tell) -> None:
+        """As ``run``, with a callback in the place of a task that waits; it is called later, never from in here."""
         connection = self._connection
-        if connection is None or connection.lost:
-            connection = await self._connect()
-        answers = [connection.ask(_pack(command)) for command in commands]
+        if connection is not None and not connection.lost:
+            return self._ask_over(connection, script, keys, calls, tell)
         try:
-            return [await answer for answer in answers]
-        except BaseException:
-            for answer in answers:  # the others have failed with it, or nobody waits for them
-                if not answer.cancel() and not answer.cancelled():
-                    answer.exception()
-            raise
+            attempt = self._connecting()
+        except StoreUnavailable as error:
+            self._loop.call_soon(tell, error)
+            return None
 
-    async def _connect(self) -> _Connection:
+        def connected(attempt: asyncio.Task[_Connection]) -> None:
+            if attempt.cancelled():
+                tell(StoreUnavailable("the connection to Redis is closed"))
+            elif (error := attempt.exception()) is None:
+                self._ask_over(attempt.result(), script, keys, calls, tell)
+            else:
+                tell(error if isinstance(error, TandemError) else InternalError(f"connecting to Redis: {error!r}"))
+
+        attempt.add_done_callback(connected)
+        return None
+
+    def _ask_over(
+        self,
+        connection: _Connection,
+        script: Script,
+        keys: Sequence[str],
+        calls: Sequence[Sequence[Argument]],
+        tell: Tell,
+    ) -> None:
+        def answered(replies: list[Any] | TandemError) -> None:
+            if isinstance(replies, TandemError):
+                return tell(replies)
+            unknown = [i for i, reply in enumerate(replies) if type(reply) is hiredis.ReplyError and _is_unknown(reply)]
+            if not unknown:
+                return tell(_checked_all(replies, script.name))
+
+            def answered_again(again: list[Any] | TandemError) -> None:
+                if isinstance(again, TandemError):
+                    return tell(again)
+                for i, reply in zip(unknown, again, strict=True):
+                    replies[i] = reply
+                return tell(_checked_all(replies, script.name))
+
+            again = [_pack(("EVAL", script.source, len(keys), *keys, *calls[i])) for i in unknown]
+            return connection.ask(again, answered_again)
+
+        connection.ask([_pack(("EVALSHA", script.sha, len(keys), *keys, *args)) for args in calls], answered)
+
+    def _connecting(self) -> asyncio.Task[_Connection]:
+        """One attempt for all who ask. StoreUnavailable at once when there is to be none now."""
         if self._closed:
             raise StoreUnavailable("the connection to Redis is closed")
         if self._attempt is None:
             if monotonic() < self._paused_until:
                 raise StoreUnavailable(self._failure)
-            self._attempt = asyncio.create_task(self._try_to_connect(), name="redis-connect")
-        return await asyncio.shield(self._attempt)  # one who leaves takes it from nobody else
+            self._attempt = self._loop.create_task(self._try_to_connect(), name="redis-connect")
+        return self._attempt
 
     async def _try_to_connect(self) -> _Connection:
         pause_s = _PAUSE_S
@@ -100,7 +141,7 @@ class RedisPipe:
         raise StoreUnavailable(self._failure)
 
     async def _open(self) -> _Connection:
-        loop, options = asyncio.get_running_loop(), self._options
+        loop, options = self._loop, self._options
         timeout_s = self._timeout_s
 
         def make() -> _Connection:
@@ -115,10 +156,9 @@ class RedisPipe:
         user, password, database = options.get("username"), options.get("password"), options.get("db", 0)
         try:
             if password:
-                login = ("AUTH", user, password) if user else ("AUTH", password)
-                _checked(await connection.ask(_pack(login)), "AUTH")
+                await connection.call("AUTH", *([user] if user else []), password)
             if database:
-                _checked(await connection.ask(_pack(("SELECT", database))), "SELECT")
+                await connection.call("SELECT", database)
         except BaseException:
             connection.give_up("login failed")
             raise
@@ -130,13 +170,25 @@ class RedisPipe:
             self._connection.give_up("closed")
 
 
+class _Asked:
+    """Commands that were asked together, and the replies so far."""
+
+    __slots__ = ("asked_s", "missing", "replies", "tell")
+
+    def __init__(self, missing: int, asked_s: float, tell: Tell) -> None:
+        self.missing = missing
+        self.asked_s = asked_s
+        self.tell = tell
+        self.replies: list[Any] = []
+
+
 class _Connection(asyncio.Protocol):
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout_s: float) -> None:
         self._loop = loop
         self._timeout_s = timeout_s
         self._reader = hiredis.Reader()
         self._transport: asyncio.Transport | None = None
-        self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()  # and when it was asked
+        self._waiting: deque[_Asked] = deque()
         self._out: list[bytes] = []
         self._watch: asyncio.TimerHandle | None = None
         self.lost = False
@@ -144,15 +196,22 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
 
-    def ask(self, command: bytes) -> asyncio.Future[Any]:
-        answer: asyncio.Future[Any] = self._loop.create_future()
+    async def call(self, *command: Argument) -> Any:
+        answer: asyncio.Future[list[Any]] = self._loop.create_future()
+        self.ask([_pack(command)], partial(_settle, answer))
+        return _checked((await answer)[0], str(command[0]))
+
+    def ask(self, commands: list[bytes], tell: Tell) -> None:
+        """Raw replies, errors of the server among them."""
+        if not commands:
+            self._loop.call_soon(tell, [])
+            return
         if not self._out:
             self._loop.call_soon(self._write)
-        self._out.append(command)
-        self._waiting.append((answer, monotonic()))
+        self._out += commands
+        self._waiting.append(_Asked(len(commands), monotonic(), tell))
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout_s, self._look)
-        return answer
 
     def _write(self) -> None:
         commands, self._out = self._out, []
@@ -169,16 +228,25 @@ class _Connection(asyncio.Protocol):
                 return
             if reply is False:
                 return
-            answer, _ = self._waiting.popleft()
-            if not answer.done():  # else nobody waits for it any more
-                answer.set_result(reply)
+            asked = self._waiting[0]
+            asked.replies.append(reply)
+            asked.missing -= 1
+            if not asked.missing:
+                self._waiting.popleft()
+                self._tell(asked, asked.replies)
+
+    def _tell(self, asked: _Asked, replies: list[Any] | TandemError) -> None:
+        try:
+            asked.tell(replies)
+        except Exception as error:  # one asker's defect must not take the connection from the others
+            self._loop.call_exception_handler({"message": "a callback of RedisPipe failed", "exception": error})
 
     def _look(self) -> None:
         """One timer for all: whoever waits longest is in front."""
         self._watch = None
         if not self._waiting:
             return
-        left = self._waiting[0][1] + self._timeout_s - monotonic()
+        left = self._waiting[0].asked_s + self._timeout_s - monotonic()
         if left <= 0:
             self.give_up(f"Redis did not answer within {self._timeout_s:g} s")
         else:
@@ -192,13 +260,20 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         while self._waiting:
-            answer, _ = self._waiting.popleft()
-            if not answer.done():
-                answer.set_exception(StoreUnavailable(reason))
+            self._tell(self._waiting.popleft(), StoreUnavailable(reason))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if not self.lost:
             self.give_up(f"Redis is not reachable: {exc or 'closed by the server'}")
+
+
+def _settle(answer: asyncio.Future[list[Any]], replies: list[Any] | TandemError) -> None:
+    if answer.done():  # nobody waits for it any more
+        return
+    if isinstance(replies, TandemError):
+        answer.set_exception(replies)
+    else:
+        answer.set_result(replies)
 
 
 def _is_unknown(reply: hiredis.ReplyError) -> bool:
@@ -211,6 +286,13 @@ def _checked(reply: Any, what: str) -> Any:
     if str(reply).startswith(_AWAY):
         raise StoreUnavailable(f"Redis refuses {what}: {reply}")
     raise InternalError(f"Redis refuses {what}: {reply}")
+
+
+def _checked_all(replies: list[Any], what: str) -> list[Any] | TandemError:
+    try:
+        return [_checked(reply, what) for reply in replies]
+    except TandemError as error:
+        return error
 
 
 def _tls(options: dict[str, Any]) -> ssl.SSLContext:

@@ -11,13 +11,13 @@ import asyncio
 import dataclasses
 import logging
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tandem.adapters.redis_client import RedisClient, Script, connect
-from tandem.adapters.store import SHARED_BY_A_MODEL, Lease
+from tandem.adapters.store import SHARED_BY_A_MODEL, Found, Lease
 from tandem.core.types import WorkerSpec
-from tandem.errors import IncompatibleWorker, StoreUnavailable
+from tandem.errors import IncompatibleWorker, StoreUnavailable, TandemError
 from tandem.v1 import bus_pb2
 from tandem.wire.codec import spec_from_wire, spec_to_wire
 from tandem.wire.subjects import encode
@@ -106,18 +106,15 @@ class RedisRegistry:
         return dataclasses.replace(spec, slot=int(rest[0]))
 
     async def refresh(self, spec: WorkerSpec, *, ttl_s: float) -> bool:
-        return bool(
-            await self._redis.run(
-                _REFRESH,
-                self._keys,
-                encode(spec.model),
-                encode(spec.id),
-                str(spec.address.incarnation),
-                spec.slot,
-                _milliseconds(ttl_s),
-                _info(spec),
-            )
+        call = (
+            encode(spec.model),
+            encode(spec.id),
+            str(spec.address.incarnation),
+            spec.slot,
+            _milliseconds(ttl_s),
+            _info(spec),
         )
+        return bool((await self._redis.run_piped(_REFRESH, self._keys, [call]))[0])
 
     async def deregister(self, spec: WorkerSpec) -> None:
         await self._redis.run(
@@ -131,7 +128,7 @@ class RedisRegistry:
         return await self._workers("")
 
     async def _workers(self, model: str) -> list[WorkerSpec]:
-        flat: list[Any] = await self._redis.run(_WORKERS, self._keys, model)
+        (flat,) = await self._redis.run_piped(_WORKERS, self._keys, [(model,)])
         return [
             dataclasses.replace(spec_from_wire(bus_pb2.WorkerInfo.FromString(info)), slot=int(slot))
             for slot, info in zip(flat[::2], flat[1::2], strict=True)
@@ -162,7 +159,8 @@ class RedisLeases:
         await self._renew(lease, 0)
 
     async def _renew(self, lease: Lease, ttl_ms: int) -> Any:
-        return await self._redis.run(_RENEW, self._keys, encode(lease.model), lease.holder, str(lease.epoch), ttl_ms)
+        call = encode(lease.model), lease.holder, str(lease.epoch), ttl_ms
+        return (await self._redis.run_piped(_RENEW, self._keys, [call]))[0]
 
 
 class RedisPrefixIndex:
@@ -174,11 +172,14 @@ class RedisPrefixIndex:
         self._sweeping: set[str] = set()
 
     async def lookup(self, model: str, hashes: bytes) -> Mapping[int, int]:
-        return (await self.lookup_all(model, [hashes]))[0]
+        return _depths((await self._redis.run_piped(_LOOKUP, self._keys, [(encode(model), hashes)]))[0])
 
-    async def lookup_all(self, model: str, prompts: Sequence[bytes]) -> list[Mapping[int, int]]:
+    def ask(self, model: str, prompts: Sequence[bytes], tell: Callable[[Found], None]) -> None:
+        def answered(replies: list[Any] | TandemError) -> None:
+            tell(replies if isinstance(replies, TandemError) else [_depths(flat) for flat in replies])
+
         name = encode(model)
-        return list(map(_depths, await self._redis.run_piped(_LOOKUP, self._keys, [(name, h) for h in prompts])))
+        self._redis.ask_piped(_LOOKUP, self._keys, [(name, hashes) for hashes in prompts], answered)
 
     async def update(self, spec: WorkerSpec, *, add: Sequence[int], remove: Sequence[int]) -> bool:
         """In calls of bounded length; prefix-closed after each of them if ``add`` names parents before children and
@@ -227,6 +228,8 @@ class RedisPrefixIndex:
 
 def _depths(flat: list[Any]) -> Mapping[int, int]:
     """From (depth, bitmap of slots) pairs."""
+    if not flat:  # as it is for a prompt that is new
+        return {}
     return {
         8 * place + bit: depth
         for depth, bitmap in zip(flat[::2], flat[1::2], strict=True)
@@ -253,4 +256,4 @@ class RedisCounters:
 
     async def save(self, name: str, values: Mapping[str, float]) -> None:
         flat = [part for field, value in values.items() for part in (field, repr(float(value)))]
-        await self._redis.run(_SAVE, [root_key(self._cluster), counters_key(self._cluster, name)], *flat)
+        await self._redis.run_piped(_SAVE, [root_key(self._cluster), counters_key(self._cluster, name)], [flat])

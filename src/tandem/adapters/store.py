@@ -6,11 +6,12 @@ Every method that touches Redis raises StoreUnavailable when it is away; each ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from tandem.core.types import WorkerSpec
+from tandem.errors import TandemError
 
 #: Fields of WorkerSpec in which all workers of a model must agree. ``wire_version`` may differ by one.
 SHARED_BY_A_MODEL = ("block_size", "dtype", "kv_layout", "engine", "engine_version")
@@ -62,6 +63,10 @@ class Leases(Protocol):
     async def release(self, lease: Lease) -> None: ...
 
 
+#: What ``lookup`` returns of each prompt, or what it raises.
+Found = Sequence[Mapping[int, int]] | TandemError
+
+
 class PrefixIndex(Protocol):
     """Which worker's prefix cache holds which sequence hash, for one model.
 
@@ -73,8 +78,9 @@ class PrefixIndex(Protocol):
         none are absent, and so are masked slots. One round trip."""
         ...
 
-    async def lookup_all(self, model: str, prompts: Sequence[bytes]) -> list[Mapping[int, int]]:
-        """``lookup`` of each, in one round trip for all."""
+    def ask(self, model: str, prompts: Sequence[bytes], tell: Callable[[Found], None]) -> None:
+        """``lookup`` of each in one round trip, for a callback: a task that waits for it costs more than the look-ups.
+        ``tell`` is called once, later, never from in here."""
         ...
 
     async def update(self, spec: WorkerSpec, *, add: Sequence[int], remove: Sequence[int]) -> bool:

@@ -22,6 +22,7 @@ from tandem.adapters.deployment import Liveness
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.memory_bus import MemoryBus, MemoryHub
 from tandem.adapters.memory_store import MemoryCounters, MemoryLeases, MemoryPrefixIndex, MemoryRegistry, MemoryStore
+from tandem.adapters.store import Found
 from tandem.core.policy import Policy, RequestClass
 from tandem.core.scheduler import Scheduler
 from tandem.core.types import RequestKey, Role, SamplingParams, WorkerAddress, WorkerSpec
@@ -40,10 +41,14 @@ class SlowIndex(MemoryPrefixIndex):
         super().__init__(store)
         self.may_answer = asyncio.Event()
         self.may_answer.set()
+        self.asked: list[asyncio.Task[None]] = []
 
-    async def lookup_all(self, model: str, prompts: Sequence[bytes]) -> Any:
-        await self.may_answer.wait()
-        return await super().lookup_all(model, prompts)
+    def ask(self, model: str, prompts: Sequence[bytes], tell: Callable[[Found], None]) -> None:
+        async def when_told() -> None:
+            await self.may_answer.wait()
+            super(SlowIndex, self).ask(model, prompts, tell)
+
+        self.asked.append(asyncio.create_task(when_told()))
 
 
 class World:
@@ -207,6 +212,24 @@ async def test_an_abort_while_the_index_is_asked(world: World) -> None:
     world.submit(2)
     await world.until(lambda: world.work["w"], "an assignment")
     assert [bus_pb2.Submit.FromString(a.submit).rid for a in world.work["w"]] == [2]
+
+
+async def test_who_waits_is_placed_when_an_event_gives_room_back(world: World) -> None:
+    await world.worker("w")
+    keys = [world.submit(rid, isl=4000) for rid in range(1, 6)]
+    for placed in range(1, len(keys)):
+        await world.until(lambda placed=placed: len(world.work["w"]) >= placed, "an assignment")  # type: ignore[misc]
+        for key in keys[:placed]:
+            world.event(key, bus_pb2.PHASE_FINISHED)
+    await world.until(lambda: len(world.work["w"]) == len(keys), "all")
+
+
+async def test_requests_of_one_turn_are_one_question_to_the_index(world: World) -> None:
+    await world.worker("w")
+    for rid in range(1, 4):
+        world.submit(rid)
+    await world.until(lambda: len(world.work["w"]) == 3, "assignments")
+    assert len(world.index.asked) == 1
 
 
 async def test_an_abort_that_overtakes_its_request(world: World) -> None:
