@@ -32,7 +32,7 @@ def permissions_of(cluster: str) -> dict[str, Permissions]:
     )
     by_user = {
         "frontend": Permissions((requests, aborts, work), (leader, lost, tokens, bounces)),
-        "router": Permissions((leader, work, tokens, lost), (leader, requests, aborts, events, load, bounces)),
+        "router": Permissions((leader, work, tokens, aborts, lost), (leader, requests, aborts, events, load, bounces)),
         "worker": Permissions((work, tokens, load, events), (work, aborts, lost, bounces)),
         "console": Permissions((), (leader, load, events, lost)),
     }
