@@ -31,6 +31,7 @@ from tandem.cli.console_client import ConsoleClientSettings
 from tandem.cli.up import UpSettings
 from tandem.core.policy import Policy
 from tandem.telemetry import metric_table, spans
+from tandem.telemetry.sampling import SamplingPolicy
 from tandem.worker.settings import WorkerSettings
 
 HERE = Path(__file__).parent
@@ -196,8 +197,8 @@ Without a collector and without a console nothing is traced, and no exporter is 
 
 **Whose trace.** A client's `traceparent` (HTTP header, gRPC metadata) is honoured: its trace goes on, and its decision
 whether it is sampled stands. Without one the frontend begins a trace and decides: `TANDEM_TRACE_RATIO` of the
-requests, and up to `TANDEM_TRACE_PER_S` a second whatever the share. `tandem up` traces {per_s} a second, so that at
-low load every request can be looked at in the console, and at high load tracing costs what {per_s} requests cost.
+requests, and up to `TANDEM_TRACE_PER_S` a second whatever the share, after a quiet while {at_once} at once. `tandem up` traces
+{per_s} a second, so that whoever tries something sees all of it in the console, and under load tracing costs little.
 
 **After the fact.** A request that nobody sampled and that failed, or whose first token was late
 (`TANDEM_TRACE_SLOW_S`, or its own target), is traced all the same, `TANDEM_TRACE_LATE_PER_S` at most: the frontend
@@ -216,7 +217,7 @@ Resource attributes: `service.name` (`tandem-frontend`, `tandem-router`, `tandem
 
 
 def tracing_page() -> list[str]:
-    lines = [TRACING_INTRO.format(per_s=TRACES_PER_S), "", "## Spans", ""]
+    lines = [TRACING_INTRO.format(per_s=TRACES_PER_S, at_once=round(SamplingPolicy().at_once)), "", "## Spans", ""]
     lines += table(
         ("span", "made by", "parent", "meaning"), [(code(s.name), s.process, s.parent, s.meaning) for s in spans.SPANS]
     )

@@ -46,7 +46,9 @@ class TracingSettings:
     certificates, timeouts, compression, OTEL_BSP_*, OTEL_RESOURCE_ATTRIBUTES)."""
 
     trace_ratio: float = option(0.01, doc="Share of requests that are traced; a client's own decision stands.")
-    trace_per_s: float = option(0.0, doc="Requests a second that are traced whatever the share.")
+    trace_per_s: float = option(
+        0.0, doc="Requests a second that are traced whatever the share; after a quiet while 20 at once."
+    )
     trace_slow_s: float = option(
         5.0, doc="A first token later than this (or than the request's own target) has it traced after the fact."
     )

@@ -15,19 +15,19 @@ _LOW = (1 << _BITS) - 1
 
 
 class Budget:
-    """So many a second, and as many at once. Pure: the time is an argument."""
+    """So many a second, and ``at_once`` (as many, if not given) after a quiet while. Pure: the time is an argument."""
 
-    __slots__ = ("_last_s", "_left", "per_s")
+    __slots__ = ("_last_s", "_left", "_most", "per_s")
 
-    def __init__(self, per_s: float) -> None:
+    def __init__(self, per_s: float, at_once: float = 0.0) -> None:
         self.per_s = per_s
-        self._left = max(1.0, per_s) if per_s > 0 else 0.0
+        self._most = self._left = max(1.0, at_once or per_s)
         self._last_s = float("-inf")
 
     def take(self, now: float) -> bool:
         if self.per_s <= 0:
             return False
-        most = max(1.0, self.per_s)
+        most = self._most
         self._left = min(most, self._left + min(most, (now - self._last_s) * self.per_s))
         self._last_s = now
         if self._left < 1.0:
@@ -40,8 +40,9 @@ class Budget:
 class SamplingPolicy:
     #: Share of the requests without a decision of the client's.
     ratio: float = 0.01
-    #: So many a second are traced in any case.
+    #: So many a second are traced in any case, and so many at once: whoever tries something by hand sees all of it.
     per_s: float = 0.0
+    at_once: float = 20.0
     #: Whether a client's decision stands.
     parent_based: bool = True
     #: A first token later than this is slow; a request's own target, where it has one, goes before.
@@ -54,7 +55,7 @@ class Sampler:
     def __init__(self, policy: SamplingPolicy) -> None:
         self.policy = policy
         self._bound = round(min(1.0, max(0.0, policy.ratio)) * (1 << _BITS))
-        self._budget = Budget(policy.per_s)
+        self._budget = Budget(policy.per_s, policy.at_once)
         self._late = Budget(policy.late_per_s)
 
     def samples(self, trace_id: int, parent_sampled: bool | None, now: float) -> bool:

@@ -77,9 +77,17 @@ def test_a_budget_lets_so_many_through_a_second() -> None:
 
 
 def test_at_low_load_everything_is_sampled() -> None:
-    sampler = Sampler(SamplingPolicy(ratio=0.0, per_s=10.0))
+    sampler = Sampler(SamplingPolicy(ratio=0.0, per_s=10.0, at_once=10.0))
     assert all(sampler.samples(number, None, number / 5) for number in range(100))
     assert sum(sampler.samples(number, None, 50.0 + number / 1000) for number in range(2000)) <= 31
+
+
+def test_what_is_tried_by_hand_is_sampled_all_and_a_steady_load_little() -> None:
+    sampler = Sampler(SamplingPolicy(ratio=0.0, per_s=5.0))
+    assert sum(sampler.samples(number, None, 1.0) for number in range(40)) == 20
+    steady = sum(sampler.samples(number, None, 2.0 + number / 100) for number in range(1000))
+    assert 45 <= steady <= 55
+    assert sum(sampler.samples(number, None, 60.0) for number in range(40)) == 20
 
 
 def test_a_trace_begins_or_goes_on() -> None:
