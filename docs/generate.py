@@ -197,8 +197,8 @@ Without a collector and without a console nothing is traced, and no exporter is 
 
 **Whose trace.** A client's `traceparent` (HTTP header, gRPC metadata) is honoured: its trace goes on, and its decision
 whether it is sampled stands. Without one the frontend begins a trace and decides: `TANDEM_TRACE_RATIO` of the
-requests, and up to `TANDEM_TRACE_PER_S` a second whatever the share, after a quiet while {at_once} at once. `tandem up` traces
-{per_s} a second, so that whoever tries something sees all of it in the console, and under load tracing costs little.
+requests, and up to `TANDEM_TRACE_PER_S` a second whatever the share, after a quiet while {at_once} at once. `tandem up`
+traces {per_s} a second, so that whoever tries something sees all of it in the console, and under load it costs little.
 
 **After the fact.** A request that nobody sampled and that failed, or whose first token was late
 (`TANDEM_TRACE_SLOW_S`, or its own target), is traced all the same, `TANDEM_TRACE_LATE_PER_S` at most: the frontend
