@@ -136,7 +136,7 @@ def learning(samples: int = 2000) -> float:
 def main() -> None:
     print(f"decision core, {platform.python_implementation()} {platform.python_version()}, us per call (median)\n")
     print(f"{'workers':>8} {'submit':>8} {'place':>8} {'load report':>12}")
-    for size in (2, 8, 32, 128, 512):
+    for size in (2, 8, 32, 128, 512, 1000):
         submit_us, poll_us = placement(size)
         print(f"{size:>8} {submit_us:>8.0f} {poll_us:>8.0f} {report(size):>12.0f}")
     print(f"\n{'workers':>8} {'queued':>8} {'submit':>8} {'event':>8} {'poll':>8}")

@@ -180,7 +180,7 @@ class _Usage:
         times = os.times()
         return cls(
             at=time.monotonic(),
-            busy_s=_machine_busy_s(),
+            busy_s=machine_busy_s(),
             generator_s=times.children_user + times.children_system,
             cpu_s={group: sum(map(cpu_s, pids)) for group, pids in processes.items()},
             memory_mb={group: sum(map(memory_mb, pids)) for group, pids in processes.items()},
@@ -212,7 +212,7 @@ def memory_mb(pid: int) -> float:
     return 0.0
 
 
-def _machine_busy_s() -> float:
+def machine_busy_s() -> float:
     user, nice, system, _idle, _wait, irq, softirq, *_ = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq) / _TICK
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -20,6 +20,7 @@ from tandem.adapters.bus import Bus
 from tandem.adapters.deployment import Liveness
 from tandem.adapters.grpc_server import open_channel
 from tandem.adapters.store import Registry
+from tandem.core.holders import Slots
 from tandem.core.types import WorkerSpec
 from tandem.errors import BusUnavailable, StoreUnavailable
 from tandem.v1 import bus_pb2
@@ -82,7 +83,7 @@ class Fleet:
         self._now = now
         self._look_now = asyncio.Event()
         self.members: dict[str, Member] = {}
-        self._slots: dict[int, tuple[str, int]] | None = None
+        self._slots: Slots | None = None
         #: Declared dead while their registry entry lives on; only a report of their own brings them back.
         self._dead: set[tuple[str, int]] = set()
 
@@ -158,11 +159,12 @@ class Fleet:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     @property
-    def slots(self) -> Mapping[int, tuple[str, int]]:
-        """(id, tokens in a block) of members by their slot in the prefix index. Kept: every request asks."""
+    def slots(self) -> Slots:
+        """Members by their slot in the prefix index. Kept: every request asks."""
         if self._slots is None:
             specs = [member.spec for member in self.members.values()]
-            self._slots = {spec.slot: (spec.id, spec.block_size) for spec in specs}
+            block_size = specs[0].block_size if specs else 1
+            self._slots = Slots([(spec.id, spec.slot) for spec in specs], block_size)
         return self._slots
 
     def _seen(self, specs: list[WorkerSpec]) -> None:

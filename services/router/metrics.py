@@ -35,6 +35,8 @@ class RouterMetrics:
         self._placed_tokens = count(table.PLACED_TOKENS, model)
         self._cached_tokens = count(table.PREDICTED_CACHED, model)
         self._lost = count(table.WORKERS_LOST, model)
+        self.lookups = instruments.histogram(table.INDEX_LOOKUP, model)
+        self.decisions = instruments.histogram(table.DECISION, model)
         self._refusals: dict[str, Counter] = {}
         self._waits: dict[str, Histogram] = {}
         self._snapshot: Snapshot | None = None

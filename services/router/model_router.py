@@ -28,6 +28,7 @@ from tandem.adapters.deployment import Liveness
 from tandem.adapters.grpc_server import open_channel
 from tandem.adapters.store import Counters, Found, Leases, PrefixIndex, Registry
 from tandem.core.effects import Place, Recall, Refuse
+from tandem.core.holders import cached_by_worker
 from tandem.core.policy import Policy, RequestClass, Tenant
 from tandem.core.scheduler import Scheduler
 from tandem.core.types import Explanation, Leg, Request, RequestKey, WorkerSpec
@@ -199,11 +200,12 @@ class ModelRouter:
         requests = [request for request, _ in arrived]
         prompts = [hashes for _, hashes in arrived]
         if any(prompts):
-            self._index.ask(self.model, prompts, partial(self._looked_up, requests))
+            self._index.ask(self.model, prompts, partial(self._looked_up, requests, self._now()))
         else:
             self._take(requests, [{}] * len(requests))
 
-    def _looked_up(self, requests: Sequence[Request], found: Found) -> None:
+    def _looked_up(self, requests: Sequence[Request], asked_at: float, found: Found) -> None:
+        self._metrics.lookups.observe(self._now() - asked_at)
         self._take(requests, self._cached(found, len(requests)))
 
     def _take(self, requests: Sequence[Request], cached: Sequence[Mapping[str, int]]) -> None:
@@ -211,7 +213,7 @@ class ModelRouter:
             if request.key in self._looking:  # else cancelled while we looked
                 self._looking.remove(request.key)
                 self._queue(request, found)
-        self._poll()
+        self._poll()  # at once: what else this turn brings may wait, they have
 
     def _queue(self, request: Request, cached: Mapping[str, int]) -> None:
         stay = self._submitted[request.key].stay
@@ -231,12 +233,8 @@ class ModelRouter:
             self.index_away = True
             return [{}] * num_prompts
         self.index_away = False
-        return [self._by_worker(depths) if depths else {} for depths in found]
-
-    def _by_worker(self, depths: Mapping[int, int]) -> Mapping[str, int]:
         slots = self.fleet.slots
-        known = [(slots[slot], depth) for slot, depth in depths.items() if slot in slots]
-        return {worker: depth * block_size for (worker, block_size), depth in known}
+        return [cached_by_worker(depths, slots) for depths in found]
 
     def _on_abort(self, message: Message) -> None:
         abort = bus_pb2.Abort.FromString(message.data)
@@ -419,7 +417,10 @@ class ModelRouter:
         now = self._now()
         may_place = self.leadership.epoch > 0 and not self.fleet.bus_in_doubt()
         if may_place:
-            for effect in self.scheduler.poll(now):
+            effects = self.scheduler.poll(now)
+            if effects:
+                self._metrics.decisions.observe(self._now() - now)
+            for effect in effects:
                 match effect:
                     case Place():
                         self._place(effect)

@@ -21,9 +21,10 @@ from typing import Any
 
 SOURCES = Path(__file__).resolve().parent
 STORE = Path(sys.prefix) / "tandem-compiled"
-#: Not compiled: classes whose annotations msgspec reads at run time (mypyc leaves none), and what runs once per study.
+#: Not compiled: classes whose annotations msgspec reads at run time (mypyc leaves none), or that are collections of the
+#: standard library's kind, and what runs once per study.
 _LEFT_OUT = {
-    "core": {"policy", "profiles", "types"},
+    "core": {"holders", "policy", "profiles", "types"},
     "enginemodel": set[str](),
     "sim": {
         "cli",

@@ -46,7 +46,8 @@ def nats(max_payload: int) -> Server:
 
 
 def redis() -> Server:
-    options = ["--save", "", "--maxmemory-policy", "noeviction", "--hash-max-listpack-entries", "1024"]
+    options = ["--save", "", "--maxmemory-policy", "noeviction"]
+    options += ["--hash-max-listpack-entries", "1024", "--hash-max-listpack-value", "256"]
     return Server("redis", REDIS_IMAGE, 6379, ["redis-server", *options], "Ready to accept connections")
 
 

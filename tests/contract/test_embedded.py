@@ -115,6 +115,7 @@ async def test_large_payloads_and_jetstream_and_no_eviction() -> None:
             "save": "",
             "appendonly": "no",
             "hash-max-listpack-entries": "1024",
+            "hash-max-listpack-value": "256",
         }.items():
             assert await client.call("CONFIG", "GET", name) == [name.encode(), value.encode()]
         await client.aclose()

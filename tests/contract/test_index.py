@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from tandem.adapters.embedded import RedisServer
 from tandem.adapters.redis_client import connect
-from tandem.adapters.redis_store import MAX_SLOTS, RedisPrefixIndex, RedisRegistry
-from tandem.adapters.store import Found, PrefixIndex
+from tandem.adapters.redis_store import RedisPrefixIndex, RedisRegistry, root_key
+from tandem.adapters.store import MAX_SLOTS, Found, PrefixIndex
 from tandem.core.blocks import root_hash, sequence_hashes, token_bytes
 from tandem.core.types import WorkerSpec
 from tandem.errors import StoreUnavailable
+from tandem.wire.subjects import encode
 
-from .stores import MODEL, RedisWorld, World, open_world, spec
+from .stores import MODEL, World, open_world, spec
 
 TTL_S = 60.0
 
@@ -179,19 +180,47 @@ def test_lookups_are_those_of_brute_force(kind: str, redis_server: RedisServer, 
     asyncio.run(run())
 
 
-# --- Redis only
-
-
-async def test_all_512_slots_in_one_lookup(redis_server: RedisServer) -> None:
-    world = await RedisWorld(MAX_SLOTS, server=redis_server).open()
-    specs = await asyncio.gather(*(join(world, f"w{i}") for i in range(MAX_SLOTS)))
+@pytest.mark.parametrize("kind", ["memory", "redis"])
+async def test_a_thousand_workers_in_one_lookup(kind: str, redis_server: RedisServer) -> None:
+    """The deepest come first; the highest slots come and go as others do."""
+    world = await open_world(kind, max_slots=MAX_SLOTS, server=redis_server)
+    specs = await asyncio.gather(*(join(world, f"w{i}") for i in range(1030)))
+    assert {s.slot for s in specs} == set(range(1030))
     prompt = chain(*range(64))
     rng = random.Random(1)
     depths = {s.slot: rng.randrange(65) for s in specs}
     await asyncio.gather(*(world.index.update(s, add=prompt[: depths[s.slot]], remove=[]) for s in specs))
     found = await world.index.lookup(MODEL, packed(prompt))
     assert found == {slot: depth for slot, depth in depths.items() if depth}
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    last = max(specs, key=lambda s: s.slot)
+    assert await world.index.update(last, add=prompt, remove=[])
+    assert (await world.index.lookup(MODEL, packed(prompt)))[last.slot] == 64
+    await world.registry.deregister(last)
+    assert last.slot not in await world.index.lookup(MODEL, packed(prompt))
+    await world.settle()
+    assert (await join(world, "again")).slot == last.slot
     await world.close()
+
+
+# --- Redis only
+
+
+async def test_a_block_takes_the_room_of_its_highest_slot_and_stays_compact(
+    redis_server: RedisServer, cluster: str
+) -> None:
+    client = await connect(redis_server.url)
+    registry, index = RedisRegistry(client, cluster), RedisPrefixIndex(client, cluster)
+    specs = [await registry.register(spec(f"w{i}"), ttl_s=TTL_S) for i in range(600)]
+    (low,), (high,) = chain(1), chain(2)
+    await index.update(specs[0], add=[low], remove=[])
+    await index.update(specs[-1], add=[high], remove=[])
+    for block, room in ((low, 1), (high, 599 // 8 + 1)):
+        raw = block.to_bytes(8, "little")
+        bucket = f"{root_key(cluster)}:index:{encode(MODEL)}:p".encode() + raw[:2]
+        assert await client.call("HSTRLEN", bucket, raw[2:]) == room
+        assert await client.call("OBJECT", "ENCODING", bucket) == b"listpack"
+    await client.aclose()
 
 
 async def test_a_sweep_is_shared_and_its_slots_wait_for_its_end(redis_server: RedisServer, cluster: str) -> None:

@@ -30,13 +30,16 @@ from pathlib import Path
 from typing import Self
 
 from tandem.adapters.clock import monotonic
+from tandem.adapters.store import MAX_SLOTS
 from tandem.errors import ConfigError, StartFailed, TimedOut
 from tandem.parent_death import die_with_parent
 
 HOST = "127.0.0.1"
 MAX_PAYLOAD = 8 * 1024 * 1024
-#: A bucket of the prefix index must stay a listpack: ten times the blocks of the measured million still do.
+#: A bucket of the prefix index must stay a listpack: ten times the blocks of the measured million still do, and so do
+#: bitmaps of all the slots that a model has.
 _HASH_MAX_LISTPACK_ENTRIES = 1024
+_HASH_MAX_LISTPACK_VALUE = MAX_SLOTS // 8
 _POLL_S = 0.005
 
 
@@ -107,6 +110,7 @@ def redis_command(*, port: int, changed: Mapping[str, str] | None = None) -> Ser
         "appendonly": "no",
         "maxmemory-policy": "noeviction",
         "hash-max-listpack-entries": str(_HASH_MAX_LISTPACK_ENTRIES),
+        "hash-max-listpack-value": str(_HASH_MAX_LISTPACK_VALUE),
         "daemonize": "no",
         **(changed or {}),
     }

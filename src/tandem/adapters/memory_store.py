@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tandem.adapters.clock import monotonic
-from tandem.adapters.store import SHARED_BY_A_MODEL, Found, Lease
+from tandem.adapters.store import MAX_SLOTS, SHARED_BY_A_MODEL, Found, Lease
+from tandem.core.holders import Depths
 from tandem.core.types import WorkerSpec
 from tandem.errors import IncompatibleWorker, StoreUnavailable
 
@@ -39,7 +40,7 @@ class _Held:
 
 
 class MemoryStore:
-    def __init__(self, *, now: Callable[[], float] = monotonic, max_slots: int = 512) -> None:
+    def __init__(self, *, now: Callable[[], float] = monotonic, max_slots: int = MAX_SLOTS) -> None:
         self.now = now
         self.max_slots = max_slots
         self.available = True
@@ -193,7 +194,7 @@ class MemoryPrefixIndex:
     def __init__(self, store: MemoryStore) -> None:
         self._store = store
 
-    async def lookup(self, model: str, hashes: bytes) -> Mapping[int, int]:
+    async def lookup(self, model: str, hashes: bytes) -> Depths:
         return self._look_up(model, hashes)
 
     def ask(self, model: str, prompts: Sequence[bytes], tell: Callable[[Found], None]) -> None:
@@ -204,12 +205,12 @@ class MemoryPrefixIndex:
             found = error
         asyncio.get_running_loop().call_soon(tell, found)
 
-    def _look_up(self, model: str, hashes: bytes) -> Mapping[int, int]:
+    def _look_up(self, model: str, hashes: bytes) -> Depths:
         self._store.check()
         index = self._store.index(model)
         wanted = array("Q", hashes)
         depths = {slot: _depth(wanted, index.blocks.get(slot, set())) for slot in index.slots}
-        return {slot: depth for slot, depth in depths.items() if depth}
+        return Depths.of({slot: depth for slot, depth in depths.items() if depth})
 
     async def update(self, spec: WorkerSpec, *, add: Sequence[int], remove: Sequence[int]) -> bool:
         self._store.check()

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tandem.adapters.redis_client import RedisClient, Script, connect
-from tandem.adapters.store import SHARED_BY_A_MODEL, Found, Lease
+from tandem.adapters.store import MAX_SLOTS, SHARED_BY_A_MODEL, Found, Lease
+from tandem.core.holders import Depths
 from tandem.core.types import WorkerSpec
 from tandem.errors import IncompatibleWorker, StoreUnavailable, TandemError
 from tandem.v1 import bus_pb2
@@ -26,8 +27,6 @@ __all__ = ["RedisCounters", "RedisLeases", "RedisPrefixIndex", "RedisRegistry", 
 
 log = logging.getLogger(__name__)
 
-#: Workers of one model; a bitmap of 64 bytes, the longest value that keeps a bucket a listpack.
-MAX_SLOTS = 512
 #: Blocks in one call of the update script, so that no lookup waits long behind it.
 _UPDATE_BLOCKS = 128
 #: Buckets and fields that one step of a sweep looks at.
@@ -35,8 +34,6 @@ _SWEEP_BUDGET = 1000
 #: A background sweep takes at most about this share of the server.
 _SWEEP_SHARE = 0.2
 _ALL_BUCKETS = 65536
-#: The bits that are set in each byte.
-_BITS = tuple(tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256))
 
 _REGISTER = Script("keys", "bits", "register")
 _REFRESH = Script("keys", "refresh")
@@ -76,6 +73,7 @@ class RedisRegistry:
         self._redis = redis
         self._keys = [root_key(cluster)]
         self._max_slots = max_slots
+        self._read: dict[bytes, WorkerSpec] = {}  # by what stands in the store; mostly nothing has changed since
         self._index = RedisPrefixIndex(redis, cluster)
 
     async def register(self, spec: WorkerSpec, *, ttl_s: float) -> WorkerSpec:
@@ -129,10 +127,15 @@ class RedisRegistry:
 
     async def _workers(self, model: str) -> list[WorkerSpec]:
         (flat,) = await self._redis.run_piped(_WORKERS, self._keys, [(model,)])
-        return [
-            dataclasses.replace(spec_from_wire(bus_pb2.WorkerInfo.FromString(info)), slot=int(slot))
-            for slot, info in zip(flat[::2], flat[1::2], strict=True)
-        ]
+        before, self._read = self._read, {}
+        for slot, info in zip(flat[::2], flat[1::2], strict=True):
+            entry = slot + b" " + info
+            self._read[entry] = before.get(entry) or _spec(int(slot), info)
+        return list(self._read.values())
+
+
+def _spec(slot: int, info: bytes) -> WorkerSpec:
+    return dataclasses.replace(spec_from_wire(bus_pb2.WorkerInfo.FromString(info)), slot=slot)
 
 
 def _info(spec: WorkerSpec) -> bytes:
@@ -171,7 +174,7 @@ class RedisPrefixIndex:
         self._keys = [root_key(cluster)]
         self._sweeping: set[str] = set()
 
-    async def lookup(self, model: str, hashes: bytes) -> Mapping[int, int]:
+    async def lookup(self, model: str, hashes: bytes) -> Depths:
         return _depths((await self._redis.run_piped(_LOOKUP, self._keys, [(encode(model), hashes)]))[0])
 
     def ask(self, model: str, prompts: Sequence[bytes], tell: Callable[[Found], None]) -> None:
@@ -226,17 +229,9 @@ class RedisPrefixIndex:
             self._sweeping.discard(model)
 
 
-def _depths(flat: list[Any]) -> Mapping[int, int]:
-    """From (depth, bitmap of slots) pairs."""
-    if not flat:  # as it is for a prompt that is new
-        return {}
-    return {
-        8 * place + bit: depth
-        for depth, bitmap in zip(flat[::2], flat[1::2], strict=True)
-        for place, byte in enumerate(bitmap)
-        if byte
-        for bit in _BITS[byte]
-    }
+def _depths(flat: list[Any]) -> Depths:
+    """From (depth, bitmap of slots) pairs, the deepest first."""
+    return Depths([(depth, int.from_bytes(held, "little")) for depth, held in zip(flat[::2], flat[1::2], strict=True)])
 
 
 def _packed(hashes: Sequence[int]) -> bytes:

@@ -10,11 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tandem.core.holders import Depths
 from tandem.core.types import WorkerSpec
 from tandem.errors import TandemError
 
 #: Fields of WorkerSpec in which all workers of a model must agree. ``wire_version`` may differ by one.
 SHARED_BY_A_MODEL = ("block_size", "dtype", "kv_layout", "engine", "engine_version")
+#: Workers of one model, with those whose slots are not swept yet.
+MAX_SLOTS = 2048
 
 
 class Registry(Protocol):
@@ -64,7 +67,7 @@ class Leases(Protocol):
 
 
 #: What ``lookup`` returns of each prompt, or what it raises.
-Found = Sequence[Mapping[int, int]] | TandemError
+Found = Sequence[Depths] | TandemError
 
 
 class PrefixIndex(Protocol):
@@ -73,7 +76,7 @@ class PrefixIndex(Protocol):
     What a worker publishes is prefix-closed (core/prefix_index.py sees to it), so depth is found by bisection.
     """
 
-    async def lookup(self, model: str, hashes: bytes) -> Mapping[int, int]:
+    async def lookup(self, model: str, hashes: bytes) -> Depths:
         """slot -> number of leading blocks of ``hashes`` (little-endian u64 sequence hashes) that it holds; slots with
         none are absent, and so are masked slots. One round trip."""
         ...

@@ -23,6 +23,7 @@ from tandem.core.accounting import WorkerView
 from tandem.core.backlog import Backlog
 from tandem.core.demand import OutputLengths
 from tandem.core.fleet import Fleet
+from tandem.core.holders import apart, deepest
 from tandem.core.placement import unfit
 from tandem.core.policy import Policy, RequestClass, Tenant
 from tandem.core.queueing import Entry, FairCounters, FairQueue
@@ -144,7 +145,10 @@ class Admission:
     def entry(self, request: Request, cached: Mapping[str, int]) -> Entry:
         """InvalidRequest for an unknown class."""
         request_class = self._class_of(request)
-        fresh = request.isl_tokens - min(request.isl_tokens, max(cached.values(), default=0))
+        cached, common = apart(cached, len(self._fleet.views))
+        holder = deepest(cached)
+        most = common if holder is None else cached[holder]
+        fresh = request.isl_tokens - min(request.isl_tokens, most)
         output = self.lengths.expected(request_class.name, request)
         self._order += 1
         return Entry(
@@ -153,8 +157,9 @@ class Admission:
             request_class=request_class,
             deadline=deadline_s(request, request_class) if self._policy.deadline_order else request.arrival_s,
             tokens=fresh + int(self._policy.output_weight * output),
-            prefill_s=self._fleet.idle_prefill_s(request, cached),
+            prefill_s=self._fleet.idle_prefill_s(request, cached, common),
             order=self._order,
+            common=common,
         )
 
     def admit(self, entry: Entry, now: float) -> None:
@@ -168,7 +173,7 @@ class Admission:
             return
         self._cap.offer(entry.request.isl_tokens)
         ahead = self.backlog.surely_ahead_s(entry, self._queue.share_of(entry.request.tenant))
-        servers = max(1, sum(view.usable for view in self._fleet.ordered))
+        servers = max(1, self._fleet.num_usable)
         if self.cannot_meet(entry, goal, now, ahead / servers):
             if self.refuses_late(entry):
                 raise self.late_error(entry, goal)

@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Mapping
 
 from tandem.core.accounting import WorkerView
+from tandem.core.holders import deepest
 from tandem.core.perf_model import PerfModel
 from tandem.core.placement import Standings, suffix_context, unfit
 from tandem.core.policy import Policy
@@ -36,6 +37,7 @@ class Fleet:
         #: Prompt and output that the largest decode worker holds, usable or not; where none is left, that the last ones
         #: held; 0 = there never was one.
         self.longest_tokens = 0
+        self.num_usable = 0
         self.generation = 0  # rises when the set of usable workers, or a role, changes
         self.reserved: dict[str, RequestKey] = {}  # decode worker -> who waits for room on it
         self.openings = 0  # times that a worker got credit
@@ -102,6 +104,7 @@ class Fleet:
         self.generation += 1
         self.ordered = [self.views[worker] for worker in sorted(self.views)]
         usable = [view for view in self.ordered if view.usable]
+        self.num_usable = len(usable)
         self.decoders = [view for view in usable if view.role is Role.DECODE]
         lending = self._policy.flexible
         # Where no worker may do both for a request, none that prefills decodes either.
@@ -204,19 +207,18 @@ class Fleet:
 
     # --- what an idle fleet could do --------------------------------------------------------------------------------
 
-    def idle_prefill_s(self, request: Request, cached: Mapping[str, int]) -> float:
+    def idle_prefill_s(self, request: Request, cached: Mapping[str, int], common: int) -> float:
         """Seconds of the prompt on the fastest worker, or on the one that has most of it: a lower bound, not inflated.
         0 = no workers."""
         looked = [self._fastest_prefill] if self._fastest_prefill is not None else []
-        if cached:
-            deepest = max(cached.values())
-            most = self.views.get(max([worker for worker, held in cached.items() if held == deepest]))
-            if most is not None and most.usable:
-                looked.append(most)
+        holder = deepest(cached)
+        most = self.views.get(holder) if holder is not None else None
+        if most is not None and most.usable:
+            looked.append(most)
         isl = request.isl_tokens
         best = 0.0
         for view in looked:
-            held = min(cached.get(view.id, 0), isl - 1)
+            held = min(cached.get(view.id, common), isl - 1)
             seconds = view.perf.prefill_s(isl - held, suffix_context(isl, held), view.spec.max_batched_tokens)
             best = seconds if not best else min(best, seconds)
         return best

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tandem.core.accounting import Reading, WorkerView
+from tandem.core.holders import front
 from tandem.core.policy import Policy
 from tandem.core.slo import Targets
 from tandem.core.standing import Standing, next_step_s, streams_step_s
@@ -71,7 +72,7 @@ class Inquiry:
     take thrice the time to make, for every look at a request."""
 
     request: Request
-    cached: Mapping[str, int]
+    cached: Mapping[str, int]  # by those that hold more than all do
     targets: Targets
     waited_s: float
     expected_osl: float  # of this request
@@ -81,6 +82,7 @@ class Inquiry:
     credit_s: float = 0.2  # it starts on a worker that has less prefill pending than this
     guard_share: float = 1.0  # background: share of TPOT target and KV that it may fill
     reserved: Mapping[str, RequestKey] = field(default_factory=dict)  # decode workers held for somebody, by id
+    common: int = 0  # cached tokens on everybody else
 
     def near(self, best_tpot_s: float, slack: float) -> Inquiry:
         """With the pace aimed at near the best that there is now."""
@@ -98,6 +100,7 @@ class Inquiry:
             self.credit_s,
             self.guard_share,
             self.reserved,
+            self.common,
         )
 
 
@@ -271,7 +274,7 @@ class _Source:
 
 def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: float) -> _Source:
     isl = inquiry.request.isl_tokens
-    cached = inquiry.cached.get(view.id, 0)
+    cached = inquiry.cached.get(view.id, inquiry.common)
     if cached >= isl:
         cached = isl - 1  # the last token is always computed
     perf, chunk = view.perf, view.spec.max_batched_tokens
@@ -359,7 +362,7 @@ def decide(
     share = min(policy.kv_share, inquiry.guard_share)
     partial = False
     able_p: list[WorkerView] = []
-    holders = _holders(inquiry.cached, _HOLDERS * count) if standings is not None else ()
+    holders = front(inquiry.cached, _HOLDERS * count) if standings is not None else ()
     if standings is not None and len(decoders) > _LARGE * count:
         able_d, partial = _first_able(
             standings.decoders, holders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, count, excluded
@@ -485,11 +488,6 @@ def _able(
     return able
 
 
-def _holders(cached: Mapping[str, int], count: int) -> Sequence[str]:
-    """Workers that hold a part of the prompt; of many the ``count`` that hold most."""
-    return list(cached) if len(cached) <= count else sorted(cached, key=cached.__getitem__, reverse=True)[:count]
-
-
 def _first_able(
     standing: Standing,
     holders: Sequence[str],
@@ -538,11 +536,11 @@ def _promising_decoders(views: list[WorkerView], inquiry: Inquiry, count: int) -
 def _promising_prefillers(views: list[WorkerView], inquiry: Inquiry, count: int) -> list[WorkerView]:
     """Those with the least to compute before the prompt is done, roughly, and the least to disturb; half of the places
     are for prefill workers by role, which a fleet of idle lenders must not crowd out."""
-    cached = inquiry.cached.get
+    cached, common = inquiry.cached.get, inquiry.common
     isl = inquiry.request.isl_tokens
 
     def cost(view: WorkerView) -> float:
-        tokens = view.own_tokens + view.foreign_tokens + isl - cached(view.id, 0)
+        tokens = view.own_tokens + view.foreign_tokens + isl - cached(view.id, common)
         return view.perf.p1 * tokens + streams_step_s(view)
 
     by_cost = sorted(views, key=cost)
@@ -620,7 +618,7 @@ def _remote_plan(
     """Appends the best plan that prefills elsewhere, if there is one. The innermost loop of a decision."""
     decode, targets, waited_s = seat.view, inquiry.targets, inquiry.waited_s
     ttft_target, tpot_target, effort, step_s, kv = targets.ttft_s, targets.tpot_s, policy.effort, seat.step_s, seat.kv
-    missing = max(0, inquiry.request.isl_tokens - inquiry.cached.get(decode.id, 0))
+    missing = max(0, inquiry.request.isl_tokens - inquiry.cached.get(decode.id, inquiry.common))
     moved = float(missing * decode.spec.kv_bytes_per_token)
     undisturbed_s = _undisturbed_s(seat)
     longer_s = seat.longer_s * decode.worth

@@ -38,12 +38,13 @@ class Entry:
     """A waiting request."""
 
     request: Request
-    cached: Mapping[str, int]
+    cached: Mapping[str, int]  # prompt tokens, by workers that hold more than all do
     request_class: RequestClass
     deadline: float
     tokens: int  # what it counts in queue depth and limits: uncached input + weighted expected output
     prefill_s: float  # on an idle fleet: a lower bound
     order: int  # of arrival here
+    common: int = 0  # cached tokens on every other worker, when it came
     queued: bool = True  # False once it left for good; heaps drop it when they meet it
     parked: bool = False  # no worker of the fleet as it is could take it
     late: bool = False  # runs as best effort, behind the rest of its class

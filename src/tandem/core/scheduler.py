@@ -400,6 +400,7 @@ class Scheduler:
             credit_s=self.policy.background_credit_s if guarded else self.policy.credit_s,
             guard_share=self.policy.background_guard if guarded else 1.0,
             reserved=self._fleet.reserved,
+            common=entry.common,
         )
 
     def _avoid(self, request: Request) -> frozenset[str]:
@@ -421,7 +422,7 @@ class Scheduler:
         request = entry.request
         first = candidate.first
         isl = request.isl_tokens
-        cached = min(entry.cached.get(first.id, 0), isl - 1)
+        cached = min(entry.cached.get(first.id, entry.common), isl - 1)
         self._book(candidate, inquiry, cached, now)
         job = self._ledger.find(request.key)
         assert job is not None

@@ -95,6 +95,8 @@ _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
 _TOKENS = tuple(float(4**n) for n in range(14))
 _WAIT = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+#: Of what should take far less than a millisecond.
+_QUICK = (0.00005, 0.0001, 0.0002, 0.0003, 0.0004, 0.0005, 0.00075, 0.001, 0.0015, 0.0025, 0.005, 0.01, 0.025, 0.1)
 _TRANSFER = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 FRONTEND = ("frontend",)
@@ -220,6 +222,20 @@ TENANT_QUEUE_TOKENS = _gauge(
 )
 QUEUE_WAIT = _histogram(
     "tandem_router_queue_wait_seconds", ROUTER, "From a request's arrival to its placement.", _WAIT, MODEL, CLASS
+)
+INDEX_LOOKUP = _histogram(
+    "tandem_router_index_lookup_seconds",
+    ROUTER,
+    "From asking the prefix index to its answer. What arrives together is asked together.",
+    _QUICK,
+    MODEL,
+)
+DECISION = _histogram(
+    "tandem_router_decision_seconds",
+    ROUTER,
+    "Time of a look at the queue that placed or refused something.",
+    _QUICK,
+    MODEL,
 )
 PLACEMENTS = _counter("tandem_router_placements_total", ROUTER, "Requests placed.", MODEL, LEG, REASON)
 PLACED_TOKENS = _counter("tandem_router_placed_prompt_tokens_total", ROUTER, "Prompt tokens of placed requests.", MODEL)
