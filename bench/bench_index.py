@@ -4,7 +4,8 @@
 
 Each worker holds conversations of 64 to 512 blocks, and all share a system prompt of 8 blocks. Asked is for prompts
 that some worker holds in part, in full or, but for the system prompt, not at all. Prints one JSON object per number
-of workers; times are those that the router sees, Redis and client included.
+of workers; times are those that the router sees, Redis and client included: of one look-up after the other, and of 300
+a second at random times (*now and then*), which find nobody awake.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import statistics
 import subprocess
 import time
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 from tandem.adapters.embedded import RedisServer
 from tandem.adapters.redis_client import RedisClient, connect
@@ -28,6 +31,7 @@ from tandem.core.types import Role, WorkerAddress, WorkerSpec
 
 MODEL = "bench"
 SYSTEM_PROMPT_BLOCKS = 8
+NOW_AND_THEN_PER_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,12 @@ def summary(times_s: list[float]) -> dict[str, float]:
     }
 
 
-async def time_lookups(index: RedisPrefixIndex, questions: list[bytes]) -> dict[str, float]:
+async def time_lookups(index: RedisPrefixIndex, questions: list[bytes], pauses: Iterable[float]) -> dict[str, float]:
+    """With a pause, in seconds, before each."""
     times: list[float] = []
-    for asked in questions:
+    for asked, pause_s in zip(questions, pauses, strict=False):
+        if pause_s:
+            await asyncio.to_thread(time.sleep, pause_s)  # more exact than the loop's timers
         began = time.perf_counter()
         await index.lookup(MODEL, asked)
         times.append(time.perf_counter() - began)
@@ -137,8 +144,10 @@ async def measure(workers: int, blocks: int, lookups: int) -> dict[str, object]:
         }
         for length in (32, 512):
             questions = [question(load, length, rng) for _ in range(lookups)]
-            await time_lookups(index, questions[:100])
-            result[f"lookup_{length}_blocks"] = await time_lookups(index, questions)
+            await time_lookups(index, questions[:100], repeat(0.0))
+            result[f"lookup_{length}_blocks"] = await time_lookups(index, questions, repeat(0.0))
+            now_and_then = (rng.expovariate(NOW_AND_THEN_PER_S) for _ in questions)
+            result[f"lookup_{length}_blocks_now_and_then"] = await time_lookups(index, questions, now_and_then)
             result[f"in_server_{length}_blocks_us"] = await in_server(client, index, questions)
         result["lookup_512_blocks_beside_a_writer"] = await beside_a_writer(index, specs, load, questions)
         began = time.perf_counter()
@@ -164,7 +173,7 @@ async def beside_a_writer(
 
     writer = asyncio.create_task(write())
     try:
-        return await time_lookups(index, questions)
+        return await time_lookups(index, questions, repeat(0.0))
     finally:
         writer.cancel()
         await asyncio.wait([writer])
