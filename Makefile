@@ -96,8 +96,8 @@ bench-router: setup-dev  ## placements a second that one router process sustains
 bench-engine: setup-dev  ## real vLLM: disaggregated against aggregated, overhead over a bare engine, KV transfer
 	@$(PY) -m bench.bench_engine $(ARGS)
 
-tokenizer-fuzz: setup-dev  ## the fast tokeniser against Hugging Face's on COUNT random texts
-	@TOKENIZER_TEXTS=$(COUNT) TOKENIZER_SEED=$(SEED) $(PY) -m pytest tests/unit/frontend/test_fast_tokenizer.py -k same_tokens
+tokenizer-fuzz: setup-dev  ## the fast tokenisers (tokie, remembered words) against Hugging Face's on COUNT random texts
+	@TOKENIZER_TEXTS=$(COUNT) TOKENIZER_SEED=$(SEED) $(PY) -m pytest tests/unit/frontend/test_fast_tokenizer.py tests/unit/frontend/test_word_memo.py -k same_tokens
 
 bench-profile: setup-dev  ## does the simulator predict this machine? a real run, and the same arrivals simulated
 	@$(PY) -m bench.bench_profile $(ARGS)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from bench.serve import cells, report
 from bench.serve.cells import Cell
-from bench.serve.load import Generator, cpu_s, temporary_folder, words
+from bench.serve.load import Generator, cpu_s, memory_mb, temporary_folder, words
 from bench.serve.report import Record
 from bench.serve.stacks import MODEL, Dynamo, Engines, Stack, Tandem, install
 from tandem.models.prepare import resolve_model
@@ -43,6 +43,8 @@ def main() -> None:
         for engines in dict.fromkeys(cell.engines for cell in chosen):
             here = [cell for cell in chosen if cell.engines == engines]
             with _stacks(engines, options, Path(name), any(cell.hf_too for cell in here)) as stacks:
+                at_rest = {stack.name: _memory_mb(stack) for stack in stacks}
+                print(f"{engines.name}: memory at rest, MB: {at_rest}", file=sys.stderr)
                 for number in range(options.rounds):
                     for cell in here:
                         records += _round(generator, cell, stacks, vocabulary, number)
@@ -118,6 +120,10 @@ def _idle_ms_per_s(stack: Stack, seconds: float = 2.0) -> float:
     before = used()
     time.sleep(seconds)
     return round(1e3 * (used() - before) / seconds, 1)
+
+
+def _memory_mb(stack: Stack) -> dict[str, int]:
+    return {group: round(sum(map(memory_mb, pids))) for group, pids in stack.target.processes.items()}
 
 
 def _machine() -> dict[str, object]:
