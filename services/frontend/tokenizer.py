@@ -62,7 +62,7 @@ class Tokenizer:
         self._memo = self._proven_memo(added) if proven is None else None
         if self._memo is not None:
             recall = self._memo.recall
-            self._recalled_chars = fast_tokenizer.inline_chars(lambda text, special: recall(text) or [])
+            self._recalled_chars = fast_tokenizer.inline_chars(lambda text, special: recall(text, len(text)) or [])
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if self._memo is not None and not add_special_tokens:
@@ -74,7 +74,7 @@ class Tokenizer:
         if len(text) <= self.inline_chars:
             return self.encode(text, add_special_tokens=add_special_tokens)
         if self._memo is not None and not add_special_tokens and len(text) <= self._recalled_chars:
-            return self._memo.recall(text)
+            return self._memo.recall(text, self.inline_chars // 2)
         return None
 
     def _proven_memo(self, special_tokens: Sequence[str]) -> WordMemo | None:

@@ -40,19 +40,22 @@ class WordMemo:
         self._first: dict[str, list[int]] = {}
         self._words: dict[str, list[int]] = {}  # each with a space before it
 
-    def recall(self, text: str) -> list[int] | None:
-        """Its tokens, if all but ``FEW_NEW`` of its words are known."""
+    def recall(self, text: str, new_chars: int) -> list[int] | None:
+        """Its tokens, if ``FEW_NEW`` of its words at most are new, and those have ``new_chars`` characters at most."""
         first, *words = _between_words(text)
+        beginning = self._first.get(first)
         found = list(map(self._words.get, words))
-        if found.count(None) > FEW_NEW:
-            return None
-        beginning = self._first.get(first) or _keep(self._first, first, self._truth(first))
-        if None in found:
+        if beginning is None or None in found:
+            new = [word for word, ids in zip(words, found, strict=True) if ids is None]
+            unknown = sum(map(len, new)) + (0 if beginning else len(first))
+            if len(new) > FEW_NEW or unknown > new_chars:
+                return None
+            beginning = beginning or _keep(self._first, first, self._truth(first))
             found = [ids or self._learn(word) for word, ids in zip(words, found, strict=True)]
         return list(chain(beginning, *found))  # type: ignore[arg-type]
 
     def encode(self, text: str) -> list[int]:
-        known = self.recall(text)
+        known = self.recall(text, len(text))
         if known is not None:
             return known
         new = (word for word in _between_words(text)[1:] if word not in self._words)

@@ -51,7 +51,7 @@ def test_same_tokens_for_random_texts(hf: HfTokenizer, folder: Path) -> None:
     for text in islice(random_texts(special, seed=SEED), COUNT):
         expected = truth(text)
         assert memo.encode(text) == expected, repr(text)
-        recalled = memo.recall(text)
+        recalled = memo.recall(text, len(text))
         assert recalled is None or recalled == expected, repr(text)
 
 
@@ -61,7 +61,7 @@ def test_known_words_are_not_asked_for_again(hf: HfTokenizer) -> None:
     words = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
     memo.encode(" ".join(words))
     asked = len(truth.asked)
-    assert memo.recall(" ".join(["the", *reversed(words)])) is not None
+    assert memo.recall(" ".join(["the", *reversed(words)]), 100) is not None
     assert len(truth.asked) <= asked + 1  # "the" began the first text, and followed a space in none but the second
 
 
@@ -69,12 +69,12 @@ def test_a_text_of_new_words_is_encoded_whole_and_teaches_some(hf: HfTokenizer) 
     truth = Counted(hf)
     memo = WordMemo(truth)
     text = " ".join(f"w{number}x" for number in range(500))
-    assert memo.recall(text) is None
+    assert memo.recall(text, len(text)) is None
     memo.encode(text)
     assert truth.asked.count(text) == 1 and len(truth.asked) <= word_memo.LEARNT_OF_NEW + 2
     for _ in range(500 // word_memo.LEARNT_OF_NEW + 1):
         memo.encode(text)
-    assert memo.recall(text) == hf.encode(text, add_special_tokens=False).ids
+    assert memo.recall(text, len(text)) == hf.encode(text, add_special_tokens=False).ids
 
 
 def test_it_is_bounded(hf: HfTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,3 +116,9 @@ def test_long_texts_of_known_words_need_no_thread(folder: Path) -> None:
     assert slow.encode(text, add_special_tokens=False) == truth
     assert slow.encode_at_once(text, add_special_tokens=False) == truth
     assert slow.encode_at_once(text, add_special_tokens=True) is None
+
+
+def test_what_is_one_long_word_holds_nobody_up(folder: Path) -> None:
+    slow = Tokenizer(folder, fast=False)
+    for text in ("x" * (slow.inline_chars + 1), " " * (slow.inline_chars + 1), "a " + "b" * slow.inline_chars):
+        assert slow.encode_at_once(text, add_special_tokens=False) is None
