@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 #: Ten batches a second to every page, and once a second what changes slowly.
 BATCH_S = 0.1
+#: Who asks the console waits no longer for routers; what they said last is shown.
+LOOK_S = 0.5
 STATUS_EVERY = 10
 MAX_IN_FLIGHT_SHOWN = 500
 CLOSE_S = 1
@@ -187,12 +189,14 @@ class Console:
             self.series.request_ended(trace.summary, clock.monotonic())
 
     async def _look(self) -> None:
-        """Somebody asks: all that was heard counts, and what routers say is not older than they have answered."""
+        """Somebody asks: all that was heard counts, and routers are asked, if they answer at once."""
         asleep = not self.watch.on
         self.watch.looked()
         self._inbox.work_through()
         if asleep:
-            await self.view.look()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S):
+                    await self.view.look()
 
     # -- what is told ----------------------------------------------------------------------------------------------
 

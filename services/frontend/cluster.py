@@ -118,8 +118,10 @@ class Cluster:
     # -- what the bus brings ---------------------------------------------------------------------------------------
 
     def _on_frame(self, message: Message) -> None:
-        self._table.on_frame(bus_pb2.TokenFrame.FromString(message.data), self._now())
-        self._perform()
+        try:
+            self._table.on_frame(bus_pb2.TokenFrame.FromString(message.data), self._now())
+        finally:
+            self._perform()  # what the frame has brought about so far
 
     def _on_bounce(self, message: Message) -> None:
         if not message.no_responders:

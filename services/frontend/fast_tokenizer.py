@@ -38,6 +38,7 @@ _MISTAKEN = re.compile(
 )
 #: A text that takes longer than this is encoded in a thread, so that the streams do not wait for it.
 INLINE_S = 0.001
+SAMPLE = "The quick brown fox jumps over the lazy dog, 42 times; nobody (not even it) knows why. " * 24
 
 
 def proven(path: Path, truth: Encode, special_tokens: Sequence[str], model: str) -> Encode | None:
@@ -92,9 +93,8 @@ def differences(fast: Encode, truth: Encode, texts: Sequence[str]) -> list[str]:
 
 def inline_chars(encode: Encode) -> int:
     """Characters of ordinary text that take ``INLINE_S`` here: measured, the best of some attempts."""
-    sample = "The quick brown fox jumps over the lazy dog, 42 times; nobody (not even it) knows why. " * 24
-    best = min(_seconds(encode, sample) for _ in range(5))
-    return int(len(sample) * INLINE_S / best)
+    best = min(_seconds(encode, SAMPLE) for _ in range(5))
+    return int(len(SAMPLE) * INLINE_S / best)
 
 
 def _seconds(encode: Encode, text: str) -> float:

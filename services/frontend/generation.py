@@ -224,6 +224,8 @@ class Generation:
         """``take`` is given what is pushed from now on, until it says False: the client takes no more at the moment.
         What comes then, the end, and what ``take`` raises are for ``next_batch``. Once it has taken some, plain tokens
         go by a ``new_line``, if there is one."""
+        if self.done:
+            return  # and nothing is to hold on to it
         self._relay = take
         self._new_line = new_line
 
@@ -271,9 +273,9 @@ class Generation:
             self._active = False
             self._quiet_since = now
         elif now - self._quiet_since >= idle_s and self.request.streaming:
-            heard_s = max((journey.heard_s for journey in self.journeys if journey.line is not None), default=0.0)
-            if now - heard_s < idle_s:  # by a line
-                self._quiet_since = heard_s
+            said_s = max((journey.heard_s for journey in self.journeys if journey.line is not None), default=0.0)
+            if now - said_s < idle_s:  # by a line
+                self._quiet_since = said_s
                 return
             self._quiet_since = now
             self._idle = True

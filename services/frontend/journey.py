@@ -464,6 +464,7 @@ class Journey:
 
     def _ask(self, now: float) -> None:
         assert self.holder is not None
+        self.line = None  # its silence is one
         self._asked_s = now
         self._questions_s = self._questions_s or now
         self._note(spans.GAP, now)

@@ -62,6 +62,8 @@ class Tokenizer:
         self._memo = self._proven_memo(added) if proven is None else None
         if self._memo is not None:
             recall = self._memo.recall
+            for _ in range(3):  # new words, some of them at a time
+                self._memo.encode(fast_tokenizer.SAMPLE)
             self._recalled_chars = fast_tokenizer.inline_chars(lambda text, special: recall(text, len(text)) or [])
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -83,7 +85,7 @@ class Tokenizer:
         def truth(text: str) -> list[int]:
             return self._truth(text, False)
 
-        memo = memo_for(self._hf, truth)
+        memo = memo_for(self._hf, self.byte_table, truth) if self.byte_table is not None else None
         texts = canaries(special_tokens)
         if memo is None or any(memo.encode(text) != truth(text) for text in [*texts, *texts]):
             return None

@@ -1,9 +1,9 @@
 """Hugging Face's ``tokenizers`` with a memory for words: the same tokens, most of them without asking it again.
 
-Byte-level BPE first cuts a text into words and then makes tokens of each by itself. All the cutting rules in use cut
-before a single space between two characters that are none, so what lies between two such places is tokens by itself,
-and what it is can be kept: texts consist of few different words. Ten times as fast as ``tokenizers`` once the words of
-a text are known (docs/performance.md).
+Byte-level BPE first cuts a text into words and then makes tokens of each by itself. Nearly all cutting rules cut before
+a single space between two characters that are none, and where no token spans such a place nothing depends on what lies
+beyond it. So what lies between two of them is tokens by itself, and can be kept: texts consist of few different words.
+Several times as fast as ``tokenizers`` once the words of a text are known (docs/performance.md).
 
 Not believed but checked: ``memo_for`` refuses what is not built like that, and at load the canary corpus must come out
 the same, as for tokie (fast_tokenizer.py).
@@ -24,9 +24,10 @@ Encode = Callable[[str], list[int]]
 
 #: Python's \s holds every character that the cutting rules take for a space.
 _between_words = re.compile(r"(?<=\S) (?=\S)").split
-#: About 6 MB.
+_spans_words = re.compile(r"\S ").search
+#: Of ordinary words, of a few tokens each, some 10 MB, and 25 MB at worst.
 MOST_WORDS = 32_768
-LONGEST_WORD = 32
+LONGEST_WORD, MOST_TOKENS = 32, 8
 #: A word by itself costs several times what it does within a text: with more new ones than this the text is encoded
 #: whole, and some of its words are learnt.
 FEW_NEW, LEARNT_OF_NEW = 6, 48
@@ -68,15 +69,15 @@ class WordMemo:
 
 
 def _keep(known: dict[str, list[int]], word: str, ids: list[int]) -> list[int]:
-    if len(word) <= LONGEST_WORD:
+    if len(word) <= LONGEST_WORD and len(ids) <= MOST_TOKENS:
         if len(known) >= MOST_WORDS:
             known.clear()
         known[word] = ids
     return ids
 
 
-def memo_for(hf: HfTokenizer, truth: Encode) -> WordMemo | None:
-    """None for a tokenizer that is not built as described above."""
+def memo_for(hf: HfTokenizer, byte_table: Sequence[bytes], truth: Encode) -> WordMemo | None:
+    """None for a tokenizer that is not built as described above. ``byte_table``: the bytes of each token."""
     parts: dict[str, Any] = json.loads(hf.to_str())
     cutters = _steps(parts["pre_tokenizer"], "pretokenizers")
     cuts_bytes = bool(cutters) and all(
@@ -88,6 +89,8 @@ def memo_for(hf: HfTokenizer, truth: Encode) -> WordMemo | None:
         token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]) for token in parts["added_tokens"]
     )
     if parts["model"]["type"] != "BPE" or not cuts_bytes or joins_words or not set(normalizes) <= {"NFC"}:
+        return None
+    if any(_spans_words(token.decode(errors="replace")) for token in byte_table):
         return None
     return WordMemo(truth)
 

@@ -209,11 +209,13 @@ class ModelRouter:
         self._take(requests, self._cached(found, len(requests)))
 
     def _take(self, requests: Sequence[Request], cached: Sequence[Mapping[str, int]]) -> None:
-        for request, found in zip(requests, cached, strict=True):
-            if request.key in self._looking:  # else cancelled while we looked
-                self._looking.remove(request.key)
-                self._queue(request, found)
-        self._poll()  # at once: what else this turn brings may wait, they have
+        try:
+            for request, found in zip(requests, cached, strict=True):
+                if request.key in self._looking:  # else cancelled while we looked
+                    self._looking.remove(request.key)
+                    self._queue(request, found)
+        finally:
+            self._poll()  # at once: what else this turn brings may wait, they have
 
     def _queue(self, request: Request, cached: Mapping[str, int]) -> None:
         stay = self._submitted[request.key].stay

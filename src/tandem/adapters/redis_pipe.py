@@ -206,6 +206,9 @@ class _Connection(asyncio.Protocol):
         if not commands:
             self._loop.call_soon(tell, [])
             return
+        if self.lost:
+            self._loop.call_soon(tell, StoreUnavailable("the connection to Redis is lost"))
+            return
         if not self._out:
             self._loop.call_soon(self._write)
         self._out += commands

@@ -126,6 +126,11 @@ def apart(cached: Mapping[str, int], fleet: int) -> tuple[Mapping[str, int], int
     return {worker: tokens for worker, tokens in cached.items() if tokens > least}, least
 
 
+def without(cached: Mapping[str, int], worker: str, common: int) -> Mapping[str, int]:
+    """Of a request that waited when ``worker`` came: what it holds was not asked for, and it is not one of all."""
+    return {**cached, worker: 0} if common or worker in cached else cached
+
+
 def deepest(cached: Mapping[str, int]) -> str | None:
     """Who holds most; of several, whoever comes first."""
     if isinstance(cached, Holders):

@@ -25,6 +25,7 @@ from tandem.core.accounting import Booking, WorkerView
 from tandem.core.admission import Admission, fits_somewhere
 from tandem.core.effects import Effect, Place, Recall, Refuse
 from tandem.core.fleet import Fleet
+from tandem.core.holders import without
 from tandem.core.ledger import Job, Ledger
 from tandem.core.lifecycle import Event, State, advance
 from tandem.core.placement import (
@@ -108,6 +109,10 @@ class Scheduler:
     def worker_up(self, spec: WorkerSpec, now: float) -> list[RequestKey]:
         """A new worker, a new incarnation, or news (role, draining) of a known one. Returns the keys that were in
         flight on a replaced incarnation: they are lost and forgotten here."""
+        if self._fleet.find(spec.id, spec.address.incarnation) is None:
+            for job in self._ledger:
+                if job.state is State.QUEUED:
+                    job.entry.cached = without(job.entry.cached, spec.id, job.entry.common)
         replaced = self._fleet.up(spec)
         self._stirred = True
         return self._lose(replaced, now) if replaced is not None else []

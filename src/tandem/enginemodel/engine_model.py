@@ -228,8 +228,9 @@ class EngineModel:
         return most if most > 1 else 0
 
     def run_quiet(self, steps: int, now: float) -> StepResult:
-        """Do ``steps`` (at most ``quiet_steps()`` or ``plain_steps()``) steps from ``now`` on, as so many calls of
-        ``step`` would; all tokens of a sequence are one output."""
+        """Do ``steps`` (at most ``quiet_steps()`` or ``plain_steps()``) steps from ``now`` on, with the tokens and ends
+        of so many calls of ``step``; all tokens of a sequence are one output. Blocks for all of them are taken first,
+        and whoever waits joins after the last."""
         batch, kv_tokens = len(self.decoding), self.decode_kv_tokens
         result = StepResult(duration_s=self.quiet_s(steps), steps=steps)
         mean_kv = kv_tokens + batch * (steps - 1) // 2

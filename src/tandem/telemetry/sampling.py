@@ -21,7 +21,7 @@ class Budget:
 
     def __init__(self, per_s: float, at_once: float = 0.0) -> None:
         self.per_s = per_s
-        self._most = self._left = max(1.0, at_once or per_s)
+        self._most = self._left = max(1.0, at_once, per_s)
         self._last_s = float("-inf")
 
     def take(self, now: float) -> bool:

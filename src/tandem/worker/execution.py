@@ -39,6 +39,8 @@ from tandem.worker.tracing import WorkerTraces
 log = logging.getLogger(__name__)
 
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
+#: Bytes of sampling parameters that are worth remembering: grammars and biases may have megabytes.
+_SHORT_SAMPLING = 256
 
 
 class Execution:
@@ -260,7 +262,7 @@ class Execution:
             EngineRequest(
                 request_id=engine_id,
                 prompt=token_ids(submit.prompt),
-                sampling=_sampling(submit.sampling.SerializeToString()),
+                sampling=_sampling(submit.sampling),
                 priority=running.priority,
                 cache_salt=submit.cache_salt,
                 lora=submit.lora,
@@ -427,9 +429,14 @@ class Execution:
         )
 
 
-@lru_cache(maxsize=256)
-def _sampling(data: bytes) -> SamplingParams:
+def _sampling(wire: types_pb2.SamplingParams) -> SamplingParams:
     """Most requests have one of a few: a look-up, instead of some twenty fields read one by one."""
+    data = wire.SerializeToString()
+    return _known_sampling(data) if len(data) <= _SHORT_SAMPLING else codec.sampling_from_wire(wire)
+
+
+@lru_cache(maxsize=256)
+def _known_sampling(data: bytes) -> SamplingParams:
     return codec.sampling_from_wire(types_pb2.SamplingParams.FromString(data))
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.core.effects import Place
 from tandem.core.holders import Depths, Holders, Slots, apart, cached_by_worker, deepest, front
+from tandem.core.policy import Policy, RequestClass
+from tandem.core.scheduler import Scheduler
+from tandem.core.types import Role
+from tests.unit.core.virtual_fleet import request, spec
 
 BLOCK = 16
 #: slot -> depth of up to 200 workers, of which the router knows two thirds.
@@ -72,3 +78,18 @@ def test_nobody_holds_anything() -> None:
         assert deepest(nothing) is None
         assert apart(nothing, 0) == ({}, 0)
         assert not front(nothing, 8)
+
+
+def test_a_worker_that_joins_while_requests_wait_holds_nothing_of_them() -> None:
+    """Whatever all of the fleet held when they came."""
+    scheduler = Scheduler(Policy(), classes={"chat": RequestClass(name="chat")}, tenants={}, rng=random.Random(0))
+    scheduler.worker_up(spec("a", Role.DECODE), 0.0)
+    for number in range(40):
+        scheduler.submit(request(f"r{number}", isl=20_000, at=0.0), {"a": 19_900}, 0.0)
+    assert all(effect.cached_tokens == 19_900 for effect in scheduler.poll(0.0) if isinstance(effect, Place))
+    assert scheduler.num_queued
+    scheduler.worker_up(spec("b", Role.DECODE), 0.5)
+    placed = [effect for effect in scheduler.poll(0.5) if isinstance(effect, Place)]
+    assert placed
+    for effect in placed:
+        assert effect.cached_tokens == (0 if effect.plan.decode_worker == "b" else 19_900)

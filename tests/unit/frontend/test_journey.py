@@ -113,6 +113,17 @@ def test_what_goes_by_a_line_is_counted_and_the_rest_takes_the_long_way() -> Non
     assert recorder.outcome.output_tokens == len(recorder.seen)
 
 
+def test_a_question_closes_the_line_so_that_silence_is_seen() -> None:
+    cluster = UnreliableCluster(0, trouble=0.0)
+    recorder = cluster.begin(PROMPT, SamplingParams(max_tokens=5000, ignore_eos=True))
+    cluster.run(until=lambda: recorder.line.taken > 0, at_most_s=5.0)
+    (journey,) = cluster.table
+    journey.open_line(recorder.line)
+    assert journey.line is not None
+    journey.on_tick(cluster.now + 2.0)
+    assert journey.line is None
+
+
 def test_no_line_while_log_probabilities_are_wanted() -> None:
     cluster = UnreliableCluster(0, trouble=0.0)
     cluster.begin(PROMPT, SamplingParams(max_tokens=60, logprobs=1))

@@ -89,3 +89,10 @@ async def test_a_quiet_while_wakes_the_reader_all_the_same() -> None:
     await turns()
     one.on_sweep(100.0, idle_s=10.0)
     assert await asyncio.wait_for(reader, 1.0) == []
+
+
+async def test_who_is_done_holds_on_to_nobody() -> None:
+    one = generation()
+    one.choice_ended(0, Outcome(FinishReason.LENGTH, 1, 0), 1)
+    one.relay(lambda deltas: True)
+    assert one._relay is None

@@ -45,7 +45,7 @@ class Counted:
 @pytest.mark.timeout(1200)
 def test_same_tokens_for_random_texts(hf: HfTokenizer, folder: Path) -> None:
     truth = Counted(hf)
-    memo = memo_for(hf, truth)
+    memo = memo_for(hf, [], truth)
     assert memo is not None
     special = [token.content for token in hf.get_added_tokens_decoder().values()]
     for text in islice(random_texts(special, seed=SEED), COUNT):
@@ -103,8 +103,8 @@ def test_a_tokenizer_that_is_built_otherwise_has_none(hf: HfTokenizer, change: d
         def to_str(self) -> str:
             return json.dumps(json.loads(hf.to_str()) | change)
 
-    assert memo_for(hf, lambda text: []) is not None
-    assert memo_for(Described(), lambda text: []) is None  # type: ignore[arg-type]
+    assert memo_for(hf, [b" a", b"a"], lambda text: []) is not None
+    assert memo_for(Described(), [b" a"], lambda text: []) is None  # type: ignore[arg-type]
 
 
 def test_long_texts_of_known_words_need_no_thread(folder: Path) -> None:
@@ -122,3 +122,15 @@ def test_what_is_one_long_word_holds_nobody_up(folder: Path) -> None:
     slow = Tokenizer(folder, fast=False)
     for text in ("x" * (slow.inline_chars + 1), " " * (slow.inline_chars + 1), "a " + "b" * slow.inline_chars):
         assert slow.encode_at_once(text, add_special_tokens=False) is None
+
+
+@pytest.mark.parametrize("token", [b") (", b"= ", b"a b", b"\xa4 "])
+def test_none_where_a_token_spans_words(hf: HfTokenizer, token: bytes) -> None:
+    """Its rules do not cut there, as BLOOM's: they let punctuation and spaces stand together."""
+    assert memo_for(hf, [b"a", b"\n ", token], lambda text: []) is None
+
+
+def test_words_of_many_tokens_are_not_kept(hf: HfTokenizer) -> None:
+    memo = WordMemo(Counted(hf))
+    memo.encode("a " + "\u9f98" * 20 + " b")
+    assert all(len(ids) <= word_memo.MOST_TOKENS for ids in memo._words.values()) and memo._words

@@ -74,6 +74,8 @@ def test_a_budget_lets_so_many_through_a_second() -> None:
     rare = Budget(0.5)
     assert [rare.take(at) for at in (0.0, 1.0, 2.0)] == [True, False, True]
     assert not Budget(0.0).take(1.0)
+    many = Budget(100.0, at_once=20.0)
+    assert sum(many.take(second) for second in map(float, range(10)) for _ in range(100)) == 1000
 
 
 def test_at_low_load_everything_is_sampled() -> None:
