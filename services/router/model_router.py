@@ -459,6 +459,7 @@ class ModelRouter:
             predicted_cached_tokens=effect.cached_tokens,
             priority=effect.priority,
             queued_s=self._now() - submitted.received_s,
+            others_wait=self.scheduler.num_queued > 0,
         )
         if plan.leg is Leg.PREFILL:
             assignment.decode.CopyFrom(codec.address_to_wire(self.fleet.members[plan.decode_worker].spec.address))

@@ -87,7 +87,7 @@ class Reject(_message.Message):
     def __init__(self, rid: _Optional[int] = ..., error: _Optional[_Union[_types_pb2.ErrorDetail, _Mapping]] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("epoch", "router", "leg", "submit", "decode", "predicted_cached_tokens", "priority", "queued_s")
+    __slots__ = ("epoch", "router", "leg", "submit", "decode", "predicted_cached_tokens", "priority", "queued_s", "others_wait")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROUTER_FIELD_NUMBER: _ClassVar[int]
     LEG_FIELD_NUMBER: _ClassVar[int]
@@ -96,6 +96,7 @@ class Assignment(_message.Message):
     PREDICTED_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     QUEUED_S_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_WAIT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     router: str
     leg: Leg
@@ -104,7 +105,8 @@ class Assignment(_message.Message):
     predicted_cached_tokens: int
     priority: int
     queued_s: float
-    def __init__(self, epoch: _Optional[int] = ..., router: _Optional[str] = ..., leg: _Optional[_Union[Leg, str]] = ..., submit: _Optional[bytes] = ..., decode: _Optional[_Union[_types_pb2.WorkerRef, _Mapping]] = ..., predicted_cached_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., queued_s: _Optional[float] = ...) -> None: ...
+    others_wait: bool
+    def __init__(self, epoch: _Optional[int] = ..., router: _Optional[str] = ..., leg: _Optional[_Union[Leg, str]] = ..., submit: _Optional[bytes] = ..., decode: _Optional[_Union[_types_pb2.WorkerRef, _Mapping]] = ..., predicted_cached_tokens: _Optional[int] = ..., priority: _Optional[int] = ..., queued_s: _Optional[float] = ..., others_wait: _Optional[bool] = ...) -> None: ...
 
 class KvHandoff(_message.Message):
     __slots__ = ("handoff_id", "engine_id", "num_tokens", "params")

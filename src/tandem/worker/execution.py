@@ -199,8 +199,7 @@ class Execution:
         for key in keys:
             running = self._table.get(key)
             if running is None:
-                event = bus_pb2.LifecycleEvent(key=codec.key_to_wire(key), phase=bus_pb2.PHASE_UNKNOWN)
-                self._outbox.event(event)
+                self._outbox.event(key, bus_pb2.PHASE_UNKNOWN)
             else:
                 self._event(running, end_phase(running) if running.finish is not None else _phase(running))
 
@@ -216,6 +215,7 @@ class Execution:
 
     def _admit(self, submit: bus_pb2.Submit, assignment: bus_pb2.Assignment, leg: bus_pb2.Leg) -> Running | None:
         self._runs += 1
+        self._outbox.others_wait = assignment.others_wait
         running = Running(
             key=codec.key_from_wire(submit.key),
             frontend=submit.frontend,
@@ -414,18 +414,17 @@ class Execution:
     def _refuse(self, submit: bus_pb2.Submit, error: TandemError) -> None:
         self.on_refusal(error.code)
         self._outbox.reject(submit.frontend, submit.rid, codec.error_to_wire(error))
-        event = bus_pb2.LifecycleEvent(key=submit.key, phase=bus_pb2.PHASE_FAILED, error_code=error.code)
-        self._outbox.event(event)
+        self._outbox.event(codec.key_from_wire(submit.key), bus_pb2.PHASE_FAILED, error_code=error.code)
 
     def _event(self, running: Running, phase: bus_pb2.Phase, *, error_code: str = "") -> None:
+        if not error_code and running.finish is not None:
+            error_code = running.finish.error.code
         self._outbox.event(
-            bus_pb2.LifecycleEvent(
-                key=running.submit.key,
-                phase=phase,
-                output_tokens=len(running.tokens),
-                cached_tokens=running.cached_tokens,
-                error_code=error_code or (running.finish.error.code if running.finish is not None else ""),
-            )
+            running.key,
+            phase,
+            output_tokens=len(running.tokens),
+            cached_tokens=running.cached_tokens,
+            error_code=error_code,
         )
 
 

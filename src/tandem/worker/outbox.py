@@ -1,20 +1,23 @@
 """What a worker has to say, batched per turn of the event loop.
 
 All outputs of one engine step arrive in one turn, so one turn's flush is one message per frontend (a columnar token
-frame) and one message of lifecycle events. What is not urgent (that a request was taken) goes along with the next of
-these, at the latest after ``LINGER_S``: each message wakes three processes. Publishing never blocks and never raises: a
-frame that the bus cannot take is dropped and counted, and the frontend repairs the gap by sequence number.
+frame), and one message of lifecycle events. What is not urgent leaves at the latest after ``LINGER_S``, since each
+message wakes three processes: that a request was taken goes along with the frontend's next frame, and what no router
+waits for with the frame that comes when it is half as old (docs/decisions/events-gather.md). Publishing never blocks
+and never raises: a frame that the bus cannot take is dropped and counted, and the frontend repairs the gap by sequence
+number.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tandem.adapters.bus import Bus
-from tandem.core.types import WorkerAddress
+from tandem.core.types import RequestKey, WorkerAddress
 from tandem.errors import BusUnavailable, PayloadTooLarge
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import subjects
@@ -23,6 +26,10 @@ log = logging.getLogger(__name__)
 
 #: About two steps of an engine: most requests say their first token within it.
 LINGER_S = 0.02
+#: Told at once if a router has requests waiting, as it may place one by it.
+_TELLING = frozenset({bus_pb2.PHASE_DECODING, bus_pb2.PHASE_FINISHED})
+#: Told at once in any case: all but these.
+_UNHURRIED = _TELLING | {bus_pb2.PHASE_ACCEPTED}
 
 
 class Cancellable(Protocol):
@@ -35,6 +42,8 @@ class Loop(Protocol):
     def call_soon(self, callback: Callable[[], object], /) -> object: ...
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Cancellable: ...
+
+    def time(self) -> float: ...
 
 
 class _Run:
@@ -81,7 +90,13 @@ class Outbox:
         self._events_subject = subjects.events(cluster, model)
         self._loop = loop
         self._frames: dict[str, _Frame] = {}
-        self._events: list[bus_pb2.LifecycleEvent] = []
+        #: Of each request the latest, which says all that those before it said: phase, output tokens, cached tokens,
+        #: error code.
+        self._events: dict[RequestKey, tuple[bus_pb2.Phase, int, int, str]] = {}
+        #: The first of these may wait for a frame that comes then; -inf: they may not wait.
+        self._events_due = 0.0
+        #: Requests wait in a router for what we have to tell it, as far as we know.
+        self.others_wait = False
         self._scheduled = False
         self._lingering: Cancellable | None = None
         self.dropped = 0
@@ -98,7 +113,8 @@ class Outbox:
     def placed(self, frontend: str, rid: int, leg: bus_pb2.Leg) -> None:
         """Not urgent."""
         self._frame(frontend).placed.append(bus_pb2.Placed(rid=rid, leg=leg))
-        self._soon_enough()
+        if not self._scheduled and self._lingering is None:
+            self._lingering = self._loop.call_later(LINGER_S, self._lingered)
 
     def finish(self, frontend: str, finish: bus_pb2.Finish) -> None:
         self._urgent(frontend).finishes.append(finish)
@@ -111,21 +127,28 @@ class Outbox:
         frame.logprobs.append(update)
         frame.unfinished.pop(update.rid, None)  # the tokens that these belong to are a run of their own
 
-    def event(self, event: bus_pb2.LifecycleEvent) -> None:
-        """Not urgent if it says no more than that the request was taken: no decision waits for that."""
-        self._events.append(event)
-        if event.phase == bus_pb2.PHASE_ACCEPTED:
-            self._soon_enough()
-        else:
+    def event(
+        self,
+        key: RequestKey,
+        phase: bus_pb2.Phase,
+        *,
+        output_tokens: int = 0,
+        cached_tokens: int = 0,
+        error_code: str = "",
+    ) -> None:
+        if not self._events:
+            self._events_due = self._loop.time() + LINGER_S / 2
+        self._events[key] = (phase, output_tokens, cached_tokens, error_code)
+        if phase not in _UNHURRIED or (self.others_wait and phase in _TELLING):
+            self._events_due = -math.inf
             self._soon()
+        elif self._lingering is None:
+            self._lingering = self._loop.call_later(LINGER_S, self._lingered)
 
     def flush(self) -> None:
+        """All that is due."""
         self._scheduled = False
-        if self._lingering is not None:
-            self._lingering.cancel()
-            self._lingering = None
         frames, self._frames = self._frames, {}
-        events, self._events = self._events, []
         for frontend, frame in frames.items():
             message = bus_pb2.TokenFrame(
                 worker=self.ref,
@@ -143,9 +166,26 @@ class Outbox:
                 message.SerializeToString(),
                 subjects.bounce_of(self._cluster, self._worker, "f:" + frontend),
             )
-        if events:
-            batch = bus_pb2.LifecycleEvents(worker=self.ref, events=events)
-            self._publish(self._events_subject, batch.SerializeToString(), "")
+        if self._events and self._events_due <= self._loop.time():
+            self._tell()
+        if self._lingering is not None and not self._events:
+            self._lingering.cancel()
+            self._lingering = None
+
+    def _tell(self) -> None:
+        events, self._events = self._events, {}
+        batch = bus_pb2.LifecycleEvents(worker=self.ref)
+        for key, (phase, output_tokens, cached_tokens, error_code) in events.items():
+            event = batch.events.add(
+                phase=phase, output_tokens=output_tokens, cached_tokens=cached_tokens, error_code=error_code
+            )
+            event.key.id, event.key.attempt, event.key.choice = key  # in place: a message given to ``add`` is copied
+        self._publish(self._events_subject, batch.SerializeToString(), "")
+
+    def _lingered(self) -> None:
+        self._lingering = None
+        self._events_due = -math.inf
+        self.flush()
 
     def _publish(self, subject: str, data: bytes, reply: str) -> None:
         try:
@@ -168,7 +208,3 @@ class Outbox:
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self.flush)
-
-    def _soon_enough(self) -> None:
-        if not self._scheduled and self._lingering is None:
-            self._lingering = self._loop.call_later(LINGER_S, self.flush)

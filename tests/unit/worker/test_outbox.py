@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from tandem.adapters.bus import BusStats, Handler, Subscription
 from tandem.core.blocks import token_ids
-from tandem.core.types import WorkerAddress
+from tandem.core.types import RequestKey, WorkerAddress
 from tandem.errors import BusUnavailable, PayloadTooLarge
 from tandem.v1 import bus_pb2, types_pb2
-from tandem.wire import subjects
+from tandem.wire import codec, subjects
 from tandem.worker.outbox import LINGER_S, Outbox
 
 
@@ -60,6 +60,10 @@ class Turn:
     def __init__(self) -> None:
         self.due: list[Callable[[], object]] = []
         self.timers: list[Timer] = []
+        self.now = 100.0
+
+    def time(self) -> float:
+        return self.now
 
     def call_soon(self, callback: Callable[[], object], /) -> None:
         self.due.append(callback)
@@ -78,6 +82,16 @@ def outbox(bus: FullBus, turn: Turn) -> Outbox:
     return Outbox(bus, "c", "m", WorkerAddress("w", 7, "host:1"), turn)
 
 
+def key(number: int) -> RequestKey:
+    return RequestKey(f"r{number}", 1, 2)
+
+
+def events(bus: FullBus) -> list[list[tuple[RequestKey, bus_pb2.Phase]]]:
+    """By message."""
+    sent = [bus_pb2.LifecycleEvents.FromString(data) for at, data, _ in bus.sent if at == subjects.events("c", "m")]
+    return [[(codec.key_from_wire(event.key), event.phase) for event in batch.events] for batch in sent]
+
+
 def frames(bus: FullBus, frontend: str) -> list[bus_pb2.TokenFrame]:
     wanted = subjects.tokens("c", frontend)
     return [bus_pb2.TokenFrame.FromString(data) for subject, data, _ in bus.sent if subject == wanted]
@@ -92,8 +106,8 @@ def test_a_turn_is_one_frame_for_each_frontend_and_one_batch_of_events() -> None
     box.tokens("a", 2, 9, [12])
     box.finish("a", bus_pb2.Finish(rid=2))
     box.reject("b", 3, types_pb2.ErrorDetail(code="refused"))
-    box.event(bus_pb2.LifecycleEvent(phase=bus_pb2.PHASE_ACCEPTED))
-    box.event(bus_pb2.LifecycleEvent(phase=bus_pb2.PHASE_DECODING))
+    box.event(key(1), bus_pb2.PHASE_ACCEPTED)
+    box.event(key(2), bus_pb2.PHASE_FAILED, error_code="refused")
     assert len(turn.due) == 1 and not bus.sent
     turn.end()
     assert len(bus.sent) == 3
@@ -104,8 +118,7 @@ def test_a_turn_is_one_frame_for_each_frontend_and_one_batch_of_events() -> None
     assert [f.rid for f in a.finishes] == [2]
     assert a.worker == types_pb2.WorkerRef(id="w", incarnation=7, grpc_address="host:1")
     assert (list(b.rids), list(token_ids(b.tokens)), b.rejects[0].error.code) == ([1], [20], "refused")
-    events = bus_pb2.LifecycleEvents.FromString(bus.sent[-1][1])
-    assert [e.phase for e in events.events] == [bus_pb2.PHASE_ACCEPTED, bus_pb2.PHASE_DECODING]
+    assert events(bus) == [[(key(1), bus_pb2.PHASE_ACCEPTED), (key(2), bus_pb2.PHASE_FAILED)]]
 
 
 def test_that_a_request_was_taken_goes_along_with_its_first_token() -> None:
@@ -113,14 +126,62 @@ def test_that_a_request_was_taken_goes_along_with_its_first_token() -> None:
     box = outbox(bus, turn)
     for rid in (1, 2):
         box.placed("a", rid, bus_pb2.LEG_LOCAL)
-        box.event(bus_pb2.LifecycleEvent(phase=bus_pb2.PHASE_ACCEPTED))
     (timer,) = turn.timers
     assert not turn.due and timer.delay == LINGER_S
     box.tokens("a", 1, 0, [10])
     turn.end()
-    assert timer.cancelled and len(bus.sent) == 2  # one frame, one batch of events
+    assert timer.cancelled and len(bus.sent) == 1
     (frame,) = frames(bus, "a")
     assert [p.rid for p in frame.placed] == [1, 2]
+
+
+def test_events_that_nobody_waits_for_gather_and_only_the_latest_of_a_request_is_told() -> None:
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    box.event(key(1), bus_pb2.PHASE_ACCEPTED)
+    (timer,) = turn.timers
+    box.tokens("a", 9, 0, [10])
+    turn.now += 0.3 * LINGER_S
+    turn.end()
+    assert not events(bus) and not timer.cancelled  # too young to go along
+    box.event(key(2), bus_pb2.PHASE_ACCEPTED)
+    box.event(key(1), bus_pb2.PHASE_DECODING)
+    box.event(key(2), bus_pb2.PHASE_FINISHED, output_tokens=3, cached_tokens=5)
+    assert not turn.due and len(turn.timers) == 1
+    turn.now += 0.3 * LINGER_S
+    box.tokens("a", 9, 1, [11])
+    turn.end()
+    assert events(bus) == [[(key(1), bus_pb2.PHASE_DECODING), (key(2), bus_pb2.PHASE_FINISHED)]]
+    assert timer.cancelled
+    (batch,) = [bus_pb2.LifecycleEvents.FromString(d) for at, d, _ in bus.sent if at == subjects.events("c", "m")]
+    assert (batch.events[1].output_tokens, batch.events[1].cached_tokens) == (3, 5)
+
+
+def test_events_leave_by_themselves_where_no_frame_comes() -> None:
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    for number in (1, 2):
+        box.event(key(number), bus_pb2.PHASE_FINISHED)
+        timer = turn.timers[-1]
+        assert timer.delay == LINGER_S
+        timer.call()
+        assert events(bus)[-1] == [(key(number), bus_pb2.PHASE_FINISHED)]
+    assert len(events(bus)) == 2
+
+
+def test_an_event_that_lets_the_router_act_is_told_at_once() -> None:
+    always = (bus_pb2.PHASE_PREFILL_DONE, bus_pb2.PHASE_FAILED, bus_pb2.PHASE_ABORTED, bus_pb2.PHASE_UNKNOWN)
+    where_others_wait = (bus_pb2.PHASE_DECODING, bus_pb2.PHASE_FINISHED)
+    for others_wait in (False, True):
+        for phase in bus_pb2.Phase.values()[1:]:
+            bus, turn = FullBus(), Turn()
+            box = outbox(bus, turn)
+            box.others_wait = others_wait
+            box.event(key(1), bus_pb2.PHASE_ACCEPTED)
+            box.event(key(2), phase)
+            turn.end()
+            told = phase in always or (others_wait and phase in where_others_wait)
+            assert len(events(bus)) == told, bus_pb2.Phase.Name(phase)
 
 
 def test_that_a_request_was_taken_is_said_soon_in_any_case() -> None:
