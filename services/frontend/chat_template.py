@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, ext, nodes
 from jinja2.parser import Parser
-from jinja2.runtime import new_context
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import ConfigError, InvalidRequest
@@ -101,7 +101,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            context = new_context(self._template.environment, self._template.name, self._template.blocks, values, True)
+            context = Context(self._template.environment, values, self._template.name, self._template.blocks)
             return "".join(self._template.root_render_func(context))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # A template computes on what the client sent: whatever it stumbles over came from there.

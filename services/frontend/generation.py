@@ -150,10 +150,11 @@ class Generation:
     def start(self) -> None:
         request = self.request
         root = root_hash(request.model.name, "", request.cache_salt)
+        ends = request.end_tokens
         for index in range(self._running):
-            choice = _Choice(self, index)
+            choice = _Choice(self, index, ends)
             self._choices.append(choice)
-            order = _order(request, request.prompts[index // request.n], index, root, self.traceparent)
+            order = _order(request, request.prompts[index // request.n], index, root, self.traceparent, ends)
             choice.journey = self._cluster.begin(order, choice)
             if self.error is not None:
                 return
@@ -419,11 +420,11 @@ class _Choice(Consumer):
     __slots__ = ("_detokenizer", "_ends", "_generation", "_index", "_parser", "_plain", "_stops", "_tokens",
                  "journey")  # fmt: skip
 
-    def __init__(self, generation: Generation, index: int) -> None:
+    def __init__(self, generation: Generation, index: int, ends: frozenset[int]) -> None:
         self.journey: Journey | None = None
         self._generation = generation
         self._index = index
-        self._ends = generation.request.end_tokens
+        self._ends = ends
         self._reset()
 
     def _reset(self) -> None:
@@ -512,6 +513,8 @@ class _Choice(Consumer):
     def _flush(self) -> None:
         """Gives out what was held back in case more came."""
         rest = self._detokenizer.finish()
+        if self._plain and not rest:
+            return
         if self._stops is not None:
             rest = self._stops.push(rest)
             if self._stops.found is None:
@@ -527,7 +530,14 @@ def _say(delta: Delta, parsed: Parsed) -> None:
     delta.text, delta.reasoning, delta.calls = parsed.text, parsed.reasoning, parsed.calls
 
 
-def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: int, traceparent: str) -> Order:
+def _order(
+    request: GenerationRequest,
+    prompt: Sequence[int],
+    index: int,
+    root: int,
+    traceparent: str,
+    ends: frozenset[int],
+) -> Order:
     sampling = request.sampling
     nth = index % request.n
     if nth and sampling.seed is not None:
@@ -549,5 +559,5 @@ def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: 
         hash_root=root,
         traceparent=traceparent,
         restartable=not request.streaming,
-        end_tokens=request.end_tokens,
+        end_tokens=ends,
     )
