@@ -223,12 +223,18 @@ class Generation:
 
     def relay(self, take: Callable[[list[Delta]], bool], new_line: NewLine = _no_line) -> None:
         """``take`` is given what is pushed from now on, until it says False: the client takes no more at the moment.
-        What comes then, the end, and what ``take`` raises are for ``next_batch``. Once it has taken some, plain tokens
-        go by a ``new_line``, if there is one."""
+        What comes then, the end, and what ``take`` raises are for ``next_batch``. Where the client has all so far,
+        plain tokens go by a ``new_line``, if there is one."""
         if self.done:
             return  # and nothing is to hold on to it
         self._relay = take
         self._new_line = new_line
+        if not self._queue:
+            self._open_lines()
+
+    def _open_lines(self) -> None:
+        for choice in self._choices:
+            choice.open_line(self._new_line)
 
     def stop_relay(self) -> None:
         self._relay = None
@@ -243,8 +249,7 @@ class Generation:
             return
         try:
             if relay(self._take()):
-                for choice in self._choices:
-                    choice.open_line(self._new_line)
+                self._open_lines()
                 return
         except Exception as error:
             self._broken = error
@@ -445,7 +450,7 @@ class _Choice(Consumer):
 
     def open_line(self, new_line: NewLine) -> None:
         journey = self.journey
-        if journey is None or journey.line is not None or not self._plain:
+        if journey is None or journey.line is not None or not (self._plain and journey.flows):
             return
         texts = self._detokenizer.texts
         # The engine's end of text is none; a stop token may be.

@@ -190,10 +190,15 @@ class Journey:
             self._abandon()
             self._fail(error)
 
+    @property
+    def flows(self) -> bool:
+        """Plain tokens come, one after the other."""
+        begun = self.state is State.PLACED and self.first_token_s > 0.0 and self._finish is None
+        return begun and self.order.sampling.logprobs is None
+
     def open_line(self, line: Line) -> None:
-        """Where tokens flow, and the consumer has heard all of them so far."""
-        flows = self.state is State.PLACED and self.first_token_s and self._finish is None
-        if flows and self.order.sampling.logprobs is None:
+        """Where tokens flow; the consumer has heard all of them so far."""
+        if self.flows:
             self.line = line
 
     def stop(self, now: float) -> None:
