@@ -49,12 +49,12 @@ BODY_TIMEOUT_S = 30.0
 #: A frontend that is full is alive.
 PROBES = frozenset({"/healthz", "/readyz"})
 
-_JSON = (b"content-type", b"application/json")
-_SSE = [
+_JSON = ((b"content-type", b"application/json"),)
+_SSE = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
-]
+)
 _REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -149,10 +149,10 @@ class PostedRoutes:
         self, route: Route, headers: Mapping[bytes, bytes], read_body: ReadBody, response: Response, watch: Watch
     ) -> None:
         arrival_s = monotonic()
-        traceparent = headers.get(b"traceparent", b"")
+        traceparent = headers.get(b"traceparent")
         caller = Caller(
             tenant=self._tenant(headers),
-            traceparent=traceparent.decode() if _TRACEPARENT.fullmatch(traceparent) else "",
+            traceparent=traceparent.decode() if traceparent and _TRACEPARENT.fullmatch(traceparent) else "",
         )
         body = await read_body()
         received_s = monotonic()
@@ -268,11 +268,11 @@ class Response:
     def __init__(self, headers: Mapping[bytes, bytes], told: Callable[[TandemError], None]) -> None:
         self.told = told
         self._opened = False
-        given = headers.get(b"x-request-id", b"")
-        self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else new_id()
+        given = headers.get(b"x-request-id")
+        self.request_id = given.decode() if given and _REQUEST_ID.fullmatch(given) else new_id()
 
-    async def start(self, status: int, headers: list[Header], *, length: int | None) -> None:
-        """The head. ``length``: of the body, None = a stream."""
+    async def start(self, status: int, headers: tuple[Header, ...], *, length: int | None) -> None:
+        """The head, with the request's id. ``length``: of the body, None = a stream."""
         raise NotImplementedError
 
     async def write(self, body: bytes) -> None:
@@ -292,16 +292,15 @@ class Response:
         """``write`` for plain tokens, from here straight to the connection; None where that is not possible."""
         return None
 
-    async def open(self, headers: list[Header], body: bytes) -> None:
+    async def open(self, headers: tuple[Header, ...], body: bytes) -> None:
         self._opened = True
-        await self.start(200, [*headers, (b"x-request-id", self.request_id.encode())], length=None)
+        await self.start(200, headers, length=None)
         if body:
             await self.write(body)
 
     async def whole(self, status: int, body: bytes, headers: Sequence[Header] = ()) -> None:
         self._opened = True
-        named = [_JSON, *headers, (b"x-request-id", self.request_id.encode())]
-        await self.start(status, named, length=len(body))
+        await self.start(status, (*_JSON, *headers), length=len(body))
         await self.close(body)
 
     async def error(self, error: TandemError, *headers: Header) -> None:
@@ -319,10 +318,11 @@ class _AsgiResponse(Response):
         super().__init__(headers, told)
         self._send = send
 
-    async def start(self, status: int, headers: list[Header], *, length: int | None) -> None:
+    async def start(self, status: int, headers: tuple[Header, ...], *, length: int | None) -> None:
+        all_of_them = [*headers, (b"x-request-id", self.request_id.encode())]
         if length is not None:
-            headers.append((b"content-length", str(length).encode()))
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+            all_of_them.append((b"content-length", str(length).encode()))
+        await self._send({"type": "http.response.start", "status": status, "headers": all_of_them})
 
     async def write(self, body: bytes) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": True})

@@ -13,10 +13,13 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, ext, nodes
 from jinja2.parser import Parser
-from jinja2.runtime import new_context
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tandem.errors import ConfigError, InvalidRequest
+
+#: Attributes of types. A message may name any that there are.
+_MOST_REMEMBERED = 1024
 
 
 class _GenerationBlocks(ext.Extension):
@@ -47,13 +50,29 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Remembers what is safe: that depends on an object's type only, and is found out by a dozen checks of it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._safe: dict[tuple[type, str], bool] = {}
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Asked of attributes that ``obj`` has."""
+        asked = type(obj), attr
+        safe = self._safe.get(asked)
+        if safe is None:
+            if len(self._safe) >= _MOST_REMEMBERED:
+                self._safe.clear()
+            safe = self._safe[asked] = super().is_safe_attribute(obj, attr, value)
+        return safe
+
+
 class ChatTemplate:
     """``tokens``: the special tokens by name (bos_token, ...). ConfigError if ``source`` is no template."""
 
     def __init__(self, source: str, tokens: Mapping[str, str], *, name: str = "chat template") -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, ext.loopcontrols]
-        )
+        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, ext.loopcontrols])
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
@@ -82,7 +101,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            context = new_context(self._template.environment, self._template.name, self._template.blocks, values, True)
+            context = Context(self._template.environment, values, self._template.name, self._template.blocks)
             return "".join(self._template.root_render_func(context))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             # A template computes on what the client sent: whatever it stumbles over came from there.

@@ -207,7 +207,7 @@ class Cluster:
         try:
             self._bus.publish(
                 subjects.requests(self._cluster, journey.order.model, leader.router),
-                submit_message(journey, frontend=self._instance, now=self._now()).SerializeToString(),
+                submit_message(journey, frontend=self._instance, now=self._now()),
                 subjects.bounce_of(self._cluster, self._instance, "router:" + leader.router),
             )
         except TandemError as error:  # too large for the bus, or its buffer is full

@@ -6,7 +6,7 @@ character comes out as U+FFFD, as a decoding of all tokens at once would have it
 
 from __future__ import annotations
 
-from codecs import getincrementaldecoder
+from codecs import IncrementalDecoder, getincrementaldecoder
 from collections.abc import Sequence
 
 from services.frontend.tokenizer import Tokenizer
@@ -48,19 +48,18 @@ def detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool = True, but: 
 
 
 class _ByteLevel(Detokenizer):
-    __slots__ = ("_decode", "_decoder", "_skipped", "_table", "_texts", "_used")
+    __slots__ = ("_decoder", "_skipped", "_table", "_texts")
 
     def __init__(self, table: list[bytes], texts: Sequence[str | None], skipped: frozenset[int]) -> None:
         self._table = table
         self._texts = texts
         self._skipped = skipped
-        self._decoder = _Utf8("replace")
-        self._decode = self._decoder.decode
-        self._used = False  # the decoder, which then may hold a part of a character
+        #: May hold a part of a character. Most texts need none.
+        self._decoder: IncrementalDecoder | None = None
 
     @property
     def texts(self) -> Sequence[str | None] | None:
-        return None if self._used and self._decoder.getstate()[0] else self._texts
+        return self._texts if self._decoder is None or not self._decoder.getstate()[0] else None
 
     def push_all(self, token_ids: Sequence[int]) -> list[str]:
         """Nearly all tokens are whole characters: a look into a table, a tenth of the decoder's time."""
@@ -78,11 +77,12 @@ class _ByteLevel(Detokenizer):
         # An id beyond the vocabulary (padding of the embedding matrix) says nothing.
         if token_id in self._skipped or token_id >= len(self._table):
             return ""
-        self._used = True
-        return self._decode(self._table[token_id])
+        if self._decoder is None:
+            self._decoder = _Utf8("replace")
+        return self._decoder.decode(self._table[token_id])
 
     def finish(self) -> str:
-        return self._decode(b"", True)
+        return "" if self._decoder is None else self._decoder.decode(b"", True)
 
 
 class _Windowed(Detokenizer):

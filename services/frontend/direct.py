@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -22,6 +23,12 @@ from tandem.errors import InvalidRequest, PayloadTooLarge, RequestTimeout, Tande
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 _UNKNOWN_STATUS = b"HTTP/1.1 %d \r\n"
 _END = b"0\r\n\r\n"
+_CLOSE = (b"connection", b"close")
+
+
+@lru_cache(maxsize=64)  # nearly all answers have the same ones
+def _lines(headers: tuple[Header, ...]) -> bytes:
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
 class DirectConnection(Connection):
@@ -238,18 +245,19 @@ class _DirectResponse(Response):
         self._out: list[bytes] = []
         self._chunked = False
 
-    async def start(self, status: int, headers: list[Header], *, length: int | None) -> None:
-        parts = [_STATUS_LINES.get(status) or _UNKNOWN_STATUS % status]
-        for name, value in self._connection.server_state.default_headers:
-            parts += name, b": ", value, b"\r\n"
-        for name, value in headers:
-            if name == b"connection" and value == b"close":
-                self._exchange.keep_alive = False
-            else:
-                parts += name, b": ", value, b"\r\n"
-        if not (self._exchange.keep_alive and self._exchange.whole):  # what follows of it is for nobody
-            parts.append(b"connection: close\r\n")
+    async def start(self, status: int, headers: tuple[Header, ...], *, length: int | None) -> None:
+        exchange = self._exchange
         self._chunked = length is None
+        parts = [
+            _STATUS_LINES.get(status) or _UNKNOWN_STATUS % status,
+            _lines(tuple(self._connection.server_state.default_headers)),
+            _lines(headers),
+            b"x-request-id: %b\r\n" % self.request_id.encode(),
+        ]
+        if _CLOSE in headers:
+            exchange.keep_alive = False
+        elif not (exchange.keep_alive and exchange.whole):  # what follows of it is for nobody
+            parts.append(_lines((_CLOSE,)))
         parts.append(
             b"transfer-encoding: chunked\r\n\r\n" if length is None else b"content-length: %d\r\n\r\n" % length
         )

@@ -150,10 +150,11 @@ class Generation:
     def start(self) -> None:
         request = self.request
         root = root_hash(request.model.name, "", request.cache_salt)
+        ends = request.end_tokens
         for index in range(self._running):
-            choice = _Choice(self, index)
+            choice = _Choice(self, index, ends)
             self._choices.append(choice)
-            order = _order(request, request.prompts[index // request.n], index, root, self.traceparent)
+            order = _order(request, request.prompts[index // request.n], index, root, self.traceparent, ends)
             choice.journey = self._cluster.begin(order, choice)
             if self.error is not None:
                 return
@@ -222,12 +223,18 @@ class Generation:
 
     def relay(self, take: Callable[[list[Delta]], bool], new_line: NewLine = _no_line) -> None:
         """``take`` is given what is pushed from now on, until it says False: the client takes no more at the moment.
-        What comes then, the end, and what ``take`` raises are for ``next_batch``. Once it has taken some, plain tokens
-        go by a ``new_line``, if there is one."""
+        What comes then, the end, and what ``take`` raises are for ``next_batch``. Where the client has all so far,
+        plain tokens go by a ``new_line``, if there is one."""
         if self.done:
             return  # and nothing is to hold on to it
         self._relay = take
         self._new_line = new_line
+        if not self._queue:
+            self._open_lines()
+
+    def _open_lines(self) -> None:
+        for choice in self._choices:
+            choice.open_line(self._new_line)
 
     def stop_relay(self) -> None:
         self._relay = None
@@ -242,8 +249,7 @@ class Generation:
             return
         try:
             if relay(self._take()):
-                for choice in self._choices:
-                    choice.open_line(self._new_line)
+                self._open_lines()
                 return
         except Exception as error:
             self._broken = error
@@ -419,11 +425,11 @@ class _Choice(Consumer):
     __slots__ = ("_detokenizer", "_ends", "_generation", "_index", "_parser", "_plain", "_stops", "_tokens",
                  "journey")  # fmt: skip
 
-    def __init__(self, generation: Generation, index: int) -> None:
+    def __init__(self, generation: Generation, index: int, ends: frozenset[int]) -> None:
         self.journey: Journey | None = None
         self._generation = generation
         self._index = index
-        self._ends = generation.request.end_tokens
+        self._ends = ends
         self._reset()
 
     def _reset(self) -> None:
@@ -444,7 +450,7 @@ class _Choice(Consumer):
 
     def open_line(self, new_line: NewLine) -> None:
         journey = self.journey
-        if journey is None or journey.line is not None or not self._plain:
+        if journey is None or journey.line is not None or not (self._plain and journey.flows):
             return
         texts = self._detokenizer.texts
         # The engine's end of text is none; a stop token may be.
@@ -512,6 +518,8 @@ class _Choice(Consumer):
     def _flush(self) -> None:
         """Gives out what was held back in case more came."""
         rest = self._detokenizer.finish()
+        if self._plain and not rest:
+            return
         if self._stops is not None:
             rest = self._stops.push(rest)
             if self._stops.found is None:
@@ -527,7 +535,14 @@ def _say(delta: Delta, parsed: Parsed) -> None:
     delta.text, delta.reasoning, delta.calls = parsed.text, parsed.reasoning, parsed.calls
 
 
-def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: int, traceparent: str) -> Order:
+def _order(
+    request: GenerationRequest,
+    prompt: Sequence[int],
+    index: int,
+    root: int,
+    traceparent: str,
+    ends: frozenset[int],
+) -> Order:
     sampling = request.sampling
     nth = index % request.n
     if nth and sampling.seed is not None:
@@ -549,5 +564,5 @@ def _order(request: GenerationRequest, prompt: Sequence[int], index: int, root: 
         hash_root=root,
         traceparent=traceparent,
         restartable=not request.streaming,
-        end_tokens=request.end_tokens,
+        end_tokens=ends,
     )

@@ -112,12 +112,13 @@ class Intake:
             raise InvalidRequest(f"model {model.name!r} makes embeddings, no text", param="model")
         if not 1 <= n <= limits.max_n:
             raise InvalidRequest(f"n: must be from 1 to {limits.max_n}", param="n")
-        if len(options.stop_strings) > limits.max_stop:
+        stop = options.stop_strings
+        if len(stop) > limits.max_stop:
             raise InvalidRequest(f"stop: at most {limits.max_stop} stop strings", param="stop")
-        longest = max(map(len, prompts))
-        if not min(map(len, prompts)):
+        lengths = [len(prompt) for prompt in prompts]
+        if not all(lengths):
             raise InvalidRequest(f"{param}: the prompt is empty", param=param)
-        max_tokens = _max_tokens(model, longest, options.max_tokens, param)
+        max_tokens = _max_tokens(model, max(lengths), options.max_tokens, param)
         sampling = _sampling(model, options, max_tokens, logprobs, prompt_logprobs, structured_output)
         request_class = self.tenants.request_class(caller.tenant, options.request_class)
         timeout_s = request_class.timeout_s
@@ -129,7 +130,7 @@ class Intake:
             arrival_s=self._now() if arrival_s is None else arrival_s,
             timeout_s=timeout_s if caller.timeout_s is None else min(timeout_s, caller.timeout_s),
             n=n,
-            stop=options.stop_strings,
+            stop=stop,
             skip_special_tokens=options.skip_special_tokens is not False,
             new_parser=new_parser,
             streaming=streaming,
@@ -177,29 +178,27 @@ def _sampling(
     prompt_logprobs: int | None,
     structured_output: StructuredOutput | None,
 ) -> SamplingParams:
-    def chosen(value: float | None, name: str, otherwise: float) -> float:
-        return model.defaults.get(name, otherwise) if value is None else value
-
     min_tokens = options.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens: {min_tokens} is over max_tokens {max_tokens}", param="min_tokens")
     size = model.tokenizer.vocab_size
+    known, penalty = model.defaults, options.repetition_penalty
     for token in options.stop_token_ids or ():
         if token >= size:
             raise InvalidRequest(f"stop_token_ids: {token} is not in the vocabulary of {size}", param="stop_token_ids")
     return SamplingParams(
         max_tokens=max_tokens,
-        temperature=chosen(options.temperature, "temperature", 1.0),
-        top_p=chosen(options.top_p, "top_p", 1.0),
-        top_k=max(0, int(chosen(options.top_k, "top_k", 0))),
-        min_p=chosen(options.min_p, "min_p", 0.0),
+        temperature=known.temperature if options.temperature is None else options.temperature,
+        top_p=known.top_p if options.top_p is None else options.top_p,
+        top_k=known.top_k if options.top_k is None else max(0, options.top_k),
+        min_p=known.min_p if options.min_p is None else options.min_p,
         seed=None if options.seed is None else options.seed % 2**63,
         min_tokens=min_tokens,
         ignore_eos=bool(options.ignore_eos),
         stop_token_ids=tuple(options.stop_token_ids or ()),
         presence_penalty=options.presence_penalty or 0.0,
         frequency_penalty=options.frequency_penalty or 0.0,
-        repetition_penalty=chosen(options.repetition_penalty, "repetition_penalty", 1.0),
+        repetition_penalty=known.repetition_penalty if penalty is None else penalty,
         logit_bias=_logit_bias(options.logit_bias, size) if options.logit_bias else (),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

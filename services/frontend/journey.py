@@ -19,7 +19,7 @@ a token yet, and else ends with the error.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 
 from msgspec.structs import replace
@@ -190,10 +190,15 @@ class Journey:
             self._abandon()
             self._fail(error)
 
+    @property
+    def flows(self) -> bool:
+        """Plain tokens come, one after the other."""
+        begun = self.state is State.PLACED and self.first_token_s > 0.0 and self._finish is None
+        return begun and self.order.sampling.logprobs is None
+
     def open_line(self, line: Line) -> None:
-        """Where tokens flow, and the consumer has heard all of them so far."""
-        flows = self.state is State.PLACED and self.first_token_s and self._finish is None
-        if flows and self.order.sampling.logprobs is None:
+        """Where tokens flow; the consumer has heard all of them so far."""
+        if self.flows:
             self.line = line
 
     def stop(self, now: float) -> None:
@@ -213,7 +218,7 @@ class Journey:
         self,
         worker: WorkerAddress,
         seq: int,
-        tokens: Sequence[int],
+        tokens: list[int],
         positions: Positions | None,
         prompt_positions: Positions | None,
         now: float,
@@ -222,7 +227,7 @@ class Journey:
         if line is not None:  # by far the most: the next token of a stream under way, which needs no effect
             if worker is self.holder and seq == self.expected and positions is None and line.take(tokens):
                 self.expected += len(tokens)
-                self.tokens.extend(tokens)
+                self.tokens.fromlist(tokens)
                 self._heard_s = now
                 self._questions_s = 0.0
                 return None
@@ -241,7 +246,7 @@ class Journey:
         if not self.tokens:
             self.first_token_s = self.first_token_s or now
         self.expected += len(new)
-        self.tokens.extend(new)
+        self.tokens.fromlist(new)
         self._emit(Deliver(self, new, positions[known:] if positions is not None else None, prompt_positions))
         if self._finish is not None:
             self._complete_if_whole(now)

@@ -175,7 +175,8 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
 def template_arguments(extra: dict[str, Any] | None) -> dict[str, Any]:
     """``chat_template_kwargs``, which may not replace what the frontend itself says to the template."""
-    extra = extra or {}
+    if not extra:
+        return {}
     reserved = {"messages", "tools", "documents", "add_generation_prompt"} & extra.keys()
     if reserved:
         raise InvalidRequest(f"chat_template_kwargs: {min(reserved)} is not for there", param="chat_template_kwargs")

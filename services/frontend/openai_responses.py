@@ -27,7 +27,6 @@ KEEP_ALIVE = b": keep-alive\n\n"
 LEAST_LOGPROB = -9999.0
 
 _encode = msgspec.json.Encoder().encode
-_FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
 def event(data: bytes) -> bytes:
@@ -67,6 +66,8 @@ class Answer:
         self._include_usage = include_usage
         self._tokenizer = tokenizer
         self._top_logprobs = top_logprobs
+        #: How many calls of tools each choice has told of.
+        self._calls = [0] * choices
         opening = _encode({"id": id, "object": self.stream_object, "created": created, "model": model})
         self._prefix = b"data: " + opening[:-1] + b',"choices":['
         self._suffix = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
@@ -110,10 +111,13 @@ class Answer:
         return event(error_body(error)) + DONE
 
     def _full_event(self, delta: Delta) -> bytes:
-        choice = self._streamed_choice(delta)
-        choice["logprobs"] = None if delta.positions is None else self._logprobs([delta])
-        choice["finish_reason"] = None if delta.finish is None else self._finish([delta])
-        return self._prefix + _encode({"index": delta.choice, **choice}) + self._suffix
+        choice = {
+            "index": delta.choice,
+            **self._streamed_choice(delta),
+            "logprobs": None if delta.positions is None else self._logprobs([delta]),
+            "finish_reason": None if delta.finish is None else self._finish(delta.choice, delta.finish),
+        }
+        return self._prefix + _encode(choice) + self._suffix
 
     # -- whole -----------------------------------------------------------------------------------------------------
 
@@ -132,7 +136,8 @@ class Answer:
                         "index": index,
                         **self._whole_choice(index, mine),
                         "logprobs": self._logprobs(mine) if any(d.positions is not None for d in mine) else None,
-                        "finish_reason": self._finish(mine),
+                        # Which the last of them says.
+                        "finish_reason": self._finish(index, next(d.finish for d in mine if d.finish is not None)),
                     }
                     for index, mine in enumerate(by_choice)
                 ],
@@ -148,9 +153,9 @@ class Answer:
     def _whole_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _finish(self, deltas: Sequence[Delta]) -> str:
-        """Why it ended, which the last of them says."""
-        return _FINISH[next(delta.finish for delta in deltas if delta.finish is not None)]
+    def _finish(self, choice: int, reason: FinishReason) -> str:
+        """Why it ended."""
+        return "stop" if reason is FinishReason.STOP else "length"
 
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         raise NotImplementedError
@@ -168,10 +173,6 @@ class ChatAnswer(Answer):
     def head(self) -> bytes:
         role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
         return b"".join(self._prefix + b'{"index":%d,' % i + role + self._suffix for i in range(self._choices))
-
-    def __init__(self, **rest: Any) -> None:
-        super().__init__(**rest)
-        self._calls = [0] * self._choices
 
     def _streamed_choice(self, delta: Delta) -> dict[str, Any]:
         news: dict[str, Any] = {}
@@ -195,9 +196,10 @@ class ChatAnswer(Answer):
             self._calls[index] = len(calls)
         return {"message": message}
 
-    def _finish(self, deltas: Sequence[Delta]) -> str:
-        reason = super()._finish(deltas)
-        return "tool_calls" if reason == "stop" and self._calls[deltas[0].choice] else reason
+    def _finish(self, choice: int, reason: FinishReason) -> str:
+        if reason is FinishReason.STOP and self._calls[choice]:
+            return "tool_calls"
+        return super()._finish(choice, reason)
 
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         content = []

@@ -107,19 +107,22 @@ class RequestTable:
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _on_columns(self, frame: bus_pb2.TokenFrame, worker: WorkerAddress, now: float) -> None:
-        tokens = token_ids(frame.tokens).tolist()  # its slices and items are cheaper than an array's
-        if not len(frame.rids) == len(frame.seqs) == len(frame.counts) or sum(frame.counts) != len(tokens):
+        # Lists: their slices and items are cheaper than an array's, or a message's.
+        rids, seqs, counts, tokens = frame.rids[:], frame.seqs[:], frame.counts[:], token_ids(frame.tokens).tolist()
+        if not len(rids) == len(seqs) == len(counts) or sum(counts) != len(tokens):
             raise ValueError("token frame whose columns differ in length")
-        logprobs = {(update.rid, update.seq): update for update in frame.logprobs}
+        logprobs = {(update.rid, update.seq): update for update in frame.logprobs} if frame.logprobs else {}
+        journeys = self._by_rid.get
+        positions: Positions | None = None
+        prompt: Positions | None = None
         start = 0
-        for rid, seq, count in zip(frame.rids, frame.seqs, frame.counts, strict=True):
+        for rid, seq, count in zip(rids, seqs, counts, strict=True):
             end = start + count
-            journey = self._by_rid.get(rid)
+            journey = journeys(rid)
             if journey is not None:
-                positions: Positions | None = None
-                prompt: Positions | None = None
-                if logprobs and (update := logprobs.get((rid, seq))):
-                    positions, prompt = update.positions, update.prompt_positions or None
+                if logprobs:
+                    update = logprobs.get((rid, seq))
+                    positions, prompt = (update.positions, update.prompt_positions or None) if update else (None, None)
                 journey.on_tokens(worker, seq, tokens[start:end], positions, prompt, now)
             start = end
 

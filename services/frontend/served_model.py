@@ -13,12 +13,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from services.frontend.chat_template import ChatTemplate
 from services.frontend.parsers import families
 from services.frontend.parsers.output import NewParser
 from services.frontend.tokenizer import Tokenizer, read_json
 from tandem.adapters.deployment import Model
 from tandem.errors import ConfigError, InvalidRequest
+
+
+class SamplingDefaults(Struct, frozen=True):
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +41,7 @@ class ServedModel:
     #: The engine ends a generation at these unless told to ignore them.
     eos_ids: frozenset[int]
     #: Sampling that the model's author recommends (generation_config.json); what a request leaves out.
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     #: Makes embeddings instead of text.
     embeds: bool = False
     #: Names of the deployment file.
@@ -84,11 +94,7 @@ def load(model: Model) -> ServedModel:
         tokenizer=tokenizer,
         template=_template(model, folder, tokenizer),
         eos_ids=_eos_ids(generation) or _eos_ids(read_json(folder / "config.json")),
-        defaults={
-            name: float(generation[name])
-            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            if isinstance(generation.get(name), int | float)
-        },
+        defaults=_defaults(generation),
         embeds=model.task == "embed",
         tool_parser=model.tool_parser,
         reasoning_parser=model.reasoning_parser,
@@ -111,6 +117,15 @@ def _template(model: Model, folder: Path, tokenizer: Tokenizer) -> ChatTemplate 
     if not isinstance(source, str):
         return None
     return ChatTemplate(source, tokenizer.special_tokens, name=f"chat_template in {folder / 'tokenizer_config.json'}")
+
+
+def _defaults(config: Mapping[str, Any]) -> SamplingDefaults:
+    """Those of its fields that are numbers."""
+    names = [name for name in SamplingDefaults.__struct_fields__ if isinstance(config.get(name), int | float)]
+    found: dict[str, Any] = {name: float(config[name]) for name in names}
+    if "top_k" in found:
+        found["top_k"] = max(0, int(found["top_k"]))
+    return SamplingDefaults(**found)
 
 
 def _eos_ids(config: Mapping[str, Any]) -> frozenset[int]:

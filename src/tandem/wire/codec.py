@@ -6,8 +6,6 @@ message of a newer version) raises InvalidRequest naming it; no default stands i
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from tandem import errors
 from tandem.core.types import (
     FinishReason,
@@ -125,12 +123,6 @@ def structured_output_from_wire(output: types_pb2.StructuredOutput) -> Structure
 
 
 def sampling_to_wire(sampling: SamplingParams) -> types_pb2.SamplingParams:
-    """To be copied into messages, not to be changed: most requests have one of a few, which are kept."""
-    small = sampling.structured_output is None and not sampling.logit_bias and not sampling.stop_token_ids
-    return _kept_sampling_to_wire(sampling) if small else _sampling_to_wire(sampling)
-
-
-def _sampling_to_wire(sampling: SamplingParams) -> types_pb2.SamplingParams:
     return types_pb2.SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -151,9 +143,6 @@ def _sampling_to_wire(sampling: SamplingParams) -> types_pb2.SamplingParams:
             None if sampling.structured_output is None else structured_output_to_wire(sampling.structured_output)
         ),
     )
-
-
-_kept_sampling_to_wire = lru_cache(maxsize=256)(_sampling_to_wire)
 
 
 def sampling_from_wire(sampling: types_pb2.SamplingParams) -> SamplingParams:

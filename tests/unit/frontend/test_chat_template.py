@@ -43,9 +43,20 @@ def test_what_a_template_stumbles_over_is_the_requests_fault(source: str) -> Non
         ChatTemplate(source, TOKENS).render(USER)
 
 
-def test_the_sandbox_holds() -> None:
-    with pytest.raises(InvalidRequest):
-        ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}", TOKENS).render(USER)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.clear() }}",
+        "{{ messages[0].clear() }}",
+        "{{ (messages | map(attribute='role')).gi_frame.f_globals }}",
+    ],
+)
+def test_the_sandbox_holds(source: str) -> None:
+    template = ChatTemplate("{{ messages.count(0) }}{{ messages[0].keys() }}" + source, TOKENS)
+    for _ in range(2):  # it remembers
+        with pytest.raises(InvalidRequest, match="unsafe"):
+            template.render(USER)
 
 
 def test_a_template_with_a_mistake_is_named_with_its_line() -> None:

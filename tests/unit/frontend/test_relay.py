@@ -41,6 +41,23 @@ async def test_a_turn_is_one_call_and_nobody_is_woken() -> None:
     reader.cancel()
 
 
+async def test_lines_are_opened_where_the_client_has_all_so_far() -> None:
+    class Choice:
+        journey = None
+
+        def open_line(self, new_line: object) -> None:
+            opened.append(new_line)
+
+    one, opened = generation(), []
+    one._choices.append(cast(Any, Choice()))
+    one.push(Delta(0, "said before"))
+    one.relay(lambda deltas: True)
+    assert not opened
+    await one.next_batch()
+    one.relay(lambda deltas: True)
+    assert len(opened) == 1
+
+
 async def test_a_client_that_is_full_leaves_the_rest_to_its_reader() -> None:
     one, taken = generation(), []
     one.relay(lambda deltas: bool(taken.append(deltas)))  # type: ignore[func-returns-value]

@@ -101,7 +101,7 @@ class Story:
         """The one that is due now."""
         effects = self.table.take_effects()
         assert any(isinstance(effect, Submit) for effect in effects)
-        return submit_message(self.journey, frontend="f", now=2.0)
+        return bus_pb2.Submit.FromString(submit_message(self.journey, frontend="f", now=2.0))
 
     def tokens(self, worker: WorkerAddress, seq: int, tokens: list[int]) -> None:
         frame = bus_pb2.TokenFrame(
@@ -151,7 +151,8 @@ def test_unseen_tokens_are_dropped_for_a_new_start() -> None:
     story.tokens(D, 0, [11])
     story.fail(D, errors.EngineFailed("broke"))
     assert any(isinstance(effect, Restarted) for effect in story.table.take_effects())
-    assert list(token_ids(submit_message(story.journey, frontend="f", now=2.0).prompt)) == [1, 2, 3]
+    again = bus_pb2.Submit.FromString(submit_message(story.journey, frontend="f", now=2.0))
+    assert list(token_ids(again.prompt)) == [1, 2, 3]
 
 
 def test_a_seed_draws_nothing_where_sampling_is_greedy() -> None:

@@ -233,7 +233,7 @@ class UnreliableCluster:
             journey.open_line(self.recorders[journey].line)
 
     def _submitted(self, journey: Journey) -> None:
-        data = submit_message(journey, frontend="f", now=self.now).SerializeToString()
+        data = submit_message(journey, frontend="f", now=self.now)
         router = journey.leader.router if journey.leader else ""
 
         def arrive() -> None:
