@@ -215,17 +215,21 @@ class Execution:
     # -- running ---------------------------------------------------------------------------------------------------
 
     def _admit(self, submit: bus_pb2.Submit, assignment: bus_pb2.Assignment, leg: bus_pb2.Leg) -> Running | None:
-        self._runs += 1
+        wire_key = submit.key
+        key = codec.key_from_wire(wire_key)
         running = Running(
-            key=codec.key_from_wire(submit.key),
+            key=key,
             frontend=submit.frontend,
             rid=submit.rid,
             submit=submit,
             leg=leg,
             accepted_at=self._now(),
-            engine_id=f"{submit.key.id}.{submit.key.attempt}.{submit.key.choice}.{self._runs}",
+            engine_id=self._new_engine_id(key),
+            isl_tokens=submit.isl_tokens,
+            embed=submit.embed,
             predicted_cached_tokens=assignment.predicted_cached_tokens,
             priority=assignment.priority,
+            event=bus_pb2.LifecycleEvent(key=wire_key).SerializeToString(),
         )
         running.timings.queue_s = assignment.queued_s
         if not self._table.admit(running):
@@ -238,6 +242,10 @@ class Execution:
         self._outbox.placed(submit.frontend, submit.rid, leg)
         self._event(running, bus_pb2.PHASE_ACCEPTED)
         return running
+
+    def _new_engine_id(self, key: RequestKey) -> str:
+        self._runs += 1
+        return f"{key.id}.{key.attempt}.{key.choice}.{self._runs}"
 
     def _submit(
         self,
@@ -341,7 +349,7 @@ class Execution:
         now = self._now()
         running.timings.prefill_s = now - running.accepted_at
         running.timings.cached_tokens = running.cached_tokens
-        running.timings.computed_tokens = running.submit.isl_tokens - running.cached_tokens
+        running.timings.computed_tokens = running.isl_tokens - running.cached_tokens
         running.timings.prefill_worker = self._worker
         running.timings.decode_worker = assignment.decode.id
         # For this worker the request ends here; the frontend hears the rest from the decode worker.
@@ -392,8 +400,7 @@ class Execution:
             return self._end(running, abort_finish(running.rid), self._now())
         log.warning("%s: %s; prefilling here (trace %s)", given_up, why, trace_of(running.submit.traceparent))
         self._traces.fell_back(running, why)
-        self._runs += 1
-        running.engine_id = f"{running.key.id}.{running.key.attempt}.{running.key.choice}.{self._runs}"
+        running.engine_id = self._new_engine_id(running.key)
         running.leg = bus_pb2.LEG_LOCAL
         running.predicted_cached_tokens = 0  # that was of the prefill worker
         return self._submit(running)
@@ -418,15 +425,16 @@ class Execution:
         self._outbox.event(event)
 
     def _event(self, running: Running, phase: bus_pb2.Phase, *, error_code: str = "") -> None:
-        self._outbox.event(
-            bus_pb2.LifecycleEvent(
-                key=running.submit.key,
-                phase=phase,
-                output_tokens=len(running.tokens),
-                cached_tokens=running.cached_tokens,
-                error_code=error_code or (running.finish.error.code if running.finish is not None else ""),
-            )
-        )
+        event = bus_pb2.LifecycleEvent.FromString(running.event)
+        event.phase = phase
+        event.output_tokens = len(running.tokens)
+        event.cached_tokens = running.cached_tokens
+        finish = running.finish
+        if finish is not None and finish.HasField("error"):
+            event.error_code = finish.error.code
+        if error_code:
+            event.error_code = error_code
+        self._outbox.event(event)
 
 
 def _sampling(wire: types_pb2.SamplingParams) -> SamplingParams:

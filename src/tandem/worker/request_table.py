@@ -20,6 +20,8 @@ from tandem.v1 import bus_pb2
 if TYPE_CHECKING:
     from tandem.worker.tracing import Stay
 
+_NO_SUBMIT = bus_pb2.Submit()
+
 
 class Running(Struct, eq=False):
     """One request on this worker. Times are this process's monotonic clock."""
@@ -33,8 +35,12 @@ class Running(Struct, eq=False):
     accepted_at: float
     #: Name of the engine's own request; changes when the engine runs it again (a failed pull).
     engine_id: str
+    isl_tokens: int = 0
+    embed: bool = False
     predicted_cached_tokens: int = 0
     priority: int = 0
+    #: Its lifecycle events as far as they are all the same, serialised: parsing that beats copying a key.
+    event: bytes = b""
     tokens: array[int] = field(default_factory=lambda: array("I"))
     token_times: array[float] = field(default_factory=lambda: array("d"))
     cached_tokens: int = 0
@@ -109,8 +115,7 @@ class RequestTable:
         request.finished_at = now
         # Repair needs the tokens only, and the prompt is most of what would be kept. A parsed message gives its memory
         # back as a whole: clearing its fields would free nothing.
-        submit = request.submit
-        request.submit = bus_pb2.Submit(key=submit.key, isl_tokens=submit.isl_tokens, embed=submit.embed)
+        request.submit = _NO_SUBMIT
         self.running -= 1
         self._finished.append((now, request.key))
 
