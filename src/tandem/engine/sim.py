@@ -395,6 +395,8 @@ class SimEngine:
 
     def _engine_output(self, tokens: array[int], last: Output, live: _Live) -> EngineOutput:
         sampling = live.request.sampling
+        if live.started and sampling.logprobs is None and last.handoff is None:
+            return EngineOutput(tokens, last.finish, last.stop_token_id)  # as after most steps
         first = not live.started
         cached = last.sequence.cached_tokens
         if live.request.embed:
