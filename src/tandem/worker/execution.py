@@ -330,6 +330,7 @@ class Execution:
     def _end(self, running: Running, finish: bus_pb2.Finish, now: float) -> None:
         if not finish.HasField("timings"):
             finish.timings.CopyFrom(timings_of(running, self._worker))
+        running.timings = finish.timings  # which is kept: one message less per request of the last half minute
         self._table.finished(running, finish, now)
         self._traces.ended(running)
         self._outbox.finish(running.frontend, finish)
