@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import ssl
 from collections.abc import Iterator
 from contextlib import suppress
@@ -28,8 +27,6 @@ from tandem.errors import BusUnavailable, ConfigError, NoWorkers, PayloadTooLarg
 from tandem.wire.permissions import inbox_prefix
 
 logger = logging.getLogger(__name__)
-
-_not_a_subject = re.compile(r"\s|^$").search
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,11 +125,9 @@ class NatsBus:
     def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         if len(data) > self._max_payload:
             raise PayloadTooLarge(f"{len(data)} bytes; one message carries at most {self._max_payload}")
-        if _not_a_subject(subject) or (reply and _not_a_subject(reply)):
-            raise ValueError(f"not a subject: {subject!r}, reply {reply!r}")
+        command = protocol.publish(subject, reply, data)
         if self._closed:
             raise BusUnavailable("the bus is closed")
-        command = protocol.publish(subject, reply, data)
         if self._out_bytes + len(command) > self._options.pending_bytes:
             self.stats.refused_publishes += 1
             raise BusUnavailable(f"{self._out_bytes} bytes wait for NATS already; {self._last_error or 'it is slow'}")
@@ -225,7 +220,7 @@ class NatsBus:
             self._write_out()
 
     def _add(self, subject: str, handler: Handler, queue: str) -> _Subscription:
-        if _not_a_subject(subject) or (queue and _not_a_subject(queue)):
+        if not protocol.is_subject(subject) or (queue and not protocol.is_subject(queue)):
             raise ValueError(f"not a subject: {subject!r}, queue {queue!r}")
         if self._closed:
             raise BusUnavailable("the bus is closed")

@@ -7,21 +7,25 @@ Only what Tandem uses: core publish and subscribe, headers read no further than 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+
+from msgspec import Struct
 
 PING = b"PING\r\n"
 PONG = b"PONG\r\n"
 NO_RESPONDERS = b"503"
 _STATUS_LINE = b"NATS/1.0 "
 _MAX_CONTROL_LINE = 1 << 20  # INFO of a large cluster lists all its servers
+_is_no_subject = re.compile(r"\s|^$").search
 
 
 class ProtocolError(Exception):
     """The server sent something that is not NATS; the connection is of no use any more."""
 
 
-class Delivery(NamedTuple):
+class Delivery(Struct, frozen=True):
     sid: int
     subject: str
     reply: str
@@ -81,12 +85,16 @@ class Parser:
         while (eol := data.find(b"\r\n", start)) >= 0:
             line = data[start:eol]
             if line.startswith((b"MSG ", b"HMSG ")):
-                end, delivery = _delivery(line, data, eol + 2)
-                if delivery is None:
-                    self._needed = end - start
+                sid, subject, reply, header, size = _read_line(line)
+                body, end = eol + 2, eol + 2 + size
+                if len(data) < end + 2:
+                    self._needed = end + 2 - start
                     break
-                events.append(delivery)
-                start = end
+                status = b""
+                if header and data.startswith(_STATUS_LINE, body):
+                    status = data[body + len(_STATUS_LINE) : body + len(_STATUS_LINE) + 3]
+                events.append(Delivery(sid, subject, reply, data[body + header : end], status))
+                start = end + 2
             else:
                 event = _control(line)
                 if event is not None:
@@ -99,24 +107,22 @@ class Parser:
         return events
 
 
-def _delivery(line: bytes, data: bytes, body: int) -> tuple[int, Delivery | None]:
-    """The message whose control line is ``line`` and whose body starts at ``body``; and where it ends."""
-    fields = line.split()
-    with_header = fields[0] == b"HMSG"
+def _read_line(line: bytes) -> tuple[int, str, str, int, int]:
+    """sid, subject, reply, bytes of the header, bytes of header and payload."""
+    head, _, size = line.rpartition(b" ")
     try:
-        size = int(fields[-1])
-        header = int(fields[-2]) if with_header else 0
-        sid = int(fields[2])
-        reply = fields[3].decode() if len(fields) == (6 if with_header else 5) else ""
+        return *_read_head(head), int(size)
     except (IndexError, ValueError):
         raise ProtocolError(f"malformed control line {line[:200]!r}") from None
-    end = body + size
-    if len(data) < end + 2:
-        return end + 2, None
-    status = b""
-    if header and data.startswith(_STATUS_LINE, body):
-        status = data[body + len(_STATUS_LINE) : body + len(_STATUS_LINE) + 3]
-    return end + 2, Delivery(sid, fields[1].decode(), reply, data[body + header : end], status)
+
+
+@lru_cache(maxsize=1024)  # who writes to whom about what is the same with most messages; the size is not
+def _read_head(head: bytes) -> tuple[int, str, str, int]:
+    fields = head.split()
+    with_header = fields[0] == b"HMSG"
+    header = int(fields.pop()) if with_header else 0
+    reply = fields[3].decode() if len(fields) == 4 else ""
+    return int(fields[2]), fields[1].decode(), reply, header
 
 
 def _control(line: bytes) -> Event | None:
@@ -144,7 +150,19 @@ def connect(fields: dict[str, object]) -> bytes:
 
 
 def publish(subject: str, reply: str, data: bytes) -> bytes:
-    return b"%b%b\r\n" % (f"PUB {subject} {reply} {len(data)}\r\n".encode(), data)
+    """ValueError for what is no subject."""
+    return b"%b%d\r\n%b\r\n" % (_publish_head(subject, reply), len(data), data)
+
+
+@lru_cache(maxsize=1024)  # checked and encoded once for all messages of the kind
+def _publish_head(subject: str, reply: str) -> bytes:
+    if not is_subject(subject) or (reply and not is_subject(reply)):
+        raise ValueError(f"not a subject: {subject!r}, reply {reply!r}")
+    return f"PUB {subject} {reply} ".encode()
+
+
+def is_subject(text: str) -> bool:
+    return _is_no_subject(text) is None
 
 
 def subscribe(sid: int, subject: str, queue: str) -> bytes:

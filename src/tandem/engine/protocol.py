@@ -120,8 +120,7 @@ class EngineStats:
     preemptions: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksStored:
+class BlocksStored(Struct, frozen=True):
     """Full blocks that entered the prefix cache, oldest first. Hashes are the engine's own, opaque."""
 
     block_hashes: Sequence[int | bytes]
@@ -131,8 +130,7 @@ class BlocksStored:
     cache_salt: str = ""  # known for chains that start at block 0
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksRemoved:
+class BlocksRemoved(Struct, frozen=True):
     block_hashes: Sequence[int | bytes]
 
 

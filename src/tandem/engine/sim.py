@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from math import inf
 
+from msgspec import Struct
 from msgspec.structs import replace
 from prometheus_client.registry import Collector
 
@@ -67,8 +68,7 @@ _AT_ONCE = 32
 _LONGEST_PULL_S = 600.0
 
 
-@dataclass(eq=False, slots=True)
-class _Live:
+class _Live(Struct, eq=False):
     """A request whose sink has not seen its end."""
 
     request: EngineRequest
@@ -267,8 +267,8 @@ class SimEngine:
             self._model.submit(sequence)
         except ValueError as error:
             raise ContextLengthExceeded(str(error), param="messages") from error
-        valid_s = inf if request.handoff_valid_s is None else request.handoff_valid_s
-        return _Live(request, sink, content, source, self._now() + valid_s)
+        valid_s = request.handoff_valid_s
+        return _Live(request, sink, content, source, inf if valid_s is None else self._now() + valid_s)
 
     def _source(self, request: EngineRequest) -> KvSource:
         handoff = request.handoff
@@ -375,7 +375,7 @@ class SimEngine:
     def _deliver(self, outputs: list[Output]) -> None:
         """``outputs``: of one request, one or more."""
         last = outputs[-1]
-        request_id, cached = last.sequence.request_id, last.sequence.cached_tokens
+        request_id = last.sequence.request_id
         live = self._live.get(request_id)
         if live is None:  # aborted while this step ran
             if last.handoff is not None:
@@ -386,14 +386,17 @@ class SimEngine:
             del self._live[request_id]
             counts.ended[last.finish] += 1
         if not live.started:
-            counts.started(len(live.request.prompt), cached or 0)
-        tokens = last.tokens if len(outputs) == 1 else [token for output in outputs for token in output.tokens]
+            counts.started(len(live.request.prompt), last.sequence.cached_tokens or 0)
+        # Machine words from here on: who keeps them, and the frame that carries them, copy memory.
+        tokens = array("I", last.tokens if len(outputs) == 1 else [t for output in outputs for t in output.tokens])
         counts.generated_tokens += len(tokens)
         live.sink(self._engine_output(tokens, last, live))
         live.started = True
 
-    def _engine_output(self, tokens: Collection[int], last: Output, live: _Live) -> EngineOutput:
+    def _engine_output(self, tokens: array[int], last: Output, live: _Live) -> EngineOutput:
         sampling = live.request.sampling
+        if live.started and sampling.logprobs is None and last.handoff is None:
+            return EngineOutput(tokens, last.finish, last.stop_token_id)  # as after most steps
         first = not live.started
         cached = last.sequence.cached_tokens
         if live.request.embed:
@@ -407,7 +410,7 @@ class SimEngine:
             count = max(1, sampling.prompt_logprobs)
             prompt_logprobs = [None, *(live.content.logprobs(t, count) for t in live.request.prompt[1:])]
         return EngineOutput(
-            token_ids=list(tokens),
+            token_ids=tokens,
             finish=last.finish,
             stop_token_id=last.stop_token_id,
             cached_tokens=cached if first else None,
@@ -506,10 +509,6 @@ class SimEngine:
 
 
 def _kv_event(event: CacheEvent) -> KvEvent:
-    match event:
-        case Stored(hashes, parent, token_ids, lora, cache_salt):
-            return BlocksStored(hashes, parent, token_ids, lora, cache_salt)
-        case Removed(hashes):
-            return BlocksRemoved(hashes)
-        case _:
-            return AllBlocksCleared()
+    if isinstance(event, Stored):
+        return BlocksStored(event.hashes, event.parent, event.token_ids, event.lora, event.cache_salt)
+    return BlocksRemoved(event.hashes) if isinstance(event, Removed) else AllBlocksCleared()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from operator import sub
 
 from tandem.core.types import FinishReason
 from tandem.engine.protocol import EngineOutput, Logprob
@@ -40,12 +40,12 @@ def timings_of(running: Running, worker: str) -> bus_pb2.Timings:
     timings.decode_worker = worker
     if running.leg == bus_pb2.LEG_LOCAL:
         timings.cached_tokens = running.cached_tokens
-        timings.computed_tokens = running.submit.isl_tokens - running.cached_tokens
+        timings.computed_tokens = running.isl_tokens - running.cached_tokens
     if times:
         if running.leg == bus_pb2.LEG_LOCAL:
             timings.prefill_s = times[0] - running.accepted_at
         timings.decode_s = times[-1] - times[0]
-        gaps = sorted(b - a for a, b in itertools.pairwise(times))
+        gaps = sorted(map(sub, times[1:], times))
         if gaps:
             timings.itl_p50_s = gaps[len(gaps) // 2]
             timings.itl_p99_s = gaps[int(len(gaps) * 0.99)]

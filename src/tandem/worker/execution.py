@@ -214,16 +214,18 @@ class Execution:
     # -- running ---------------------------------------------------------------------------------------------------
 
     def _admit(self, submit: bus_pb2.Submit, assignment: bus_pb2.Assignment, leg: bus_pb2.Leg) -> Running | None:
-        self._runs += 1
         self._outbox.others_wait = assignment.others_wait
+        key = codec.key_from_wire(submit.key)
         running = Running(
-            key=codec.key_from_wire(submit.key),
+            key=key,
             frontend=submit.frontend,
             rid=submit.rid,
             submit=submit,
             leg=leg,
             accepted_at=self._now(),
-            engine_id=f"{submit.key.id}.{submit.key.attempt}.{submit.key.choice}.{self._runs}",
+            engine_id=self._new_engine_id(key),
+            isl_tokens=submit.isl_tokens,
+            embed=submit.embed,
             predicted_cached_tokens=assignment.predicted_cached_tokens,
             priority=assignment.priority,
         )
@@ -238,6 +240,10 @@ class Execution:
         self._outbox.placed(submit.frontend, submit.rid, leg)
         self._event(running, bus_pb2.PHASE_ACCEPTED)
         return running
+
+    def _new_engine_id(self, key: RequestKey) -> str:
+        self._runs += 1
+        return f"{key.id}.{key.attempt}.{key.choice}.{self._runs}"
 
     def _submit(
         self,
@@ -322,6 +328,7 @@ class Execution:
     def _end(self, running: Running, finish: bus_pb2.Finish, now: float) -> None:
         if not finish.HasField("timings"):
             finish.timings.CopyFrom(timings_of(running, self._worker))
+        running.timings = finish.timings  # which is kept: one message less per request of the last half minute
         self._table.finished(running, finish, now)
         self._traces.ended(running)
         self._outbox.finish(running.frontend, finish)
@@ -341,7 +348,7 @@ class Execution:
         now = self._now()
         running.timings.prefill_s = now - running.accepted_at
         running.timings.cached_tokens = running.cached_tokens
-        running.timings.computed_tokens = running.submit.isl_tokens - running.cached_tokens
+        running.timings.computed_tokens = running.isl_tokens - running.cached_tokens
         running.timings.prefill_worker = self._worker
         running.timings.decode_worker = assignment.decode.id
         # For this worker the request ends here; the frontend hears the rest from the decode worker.
@@ -392,8 +399,7 @@ class Execution:
             return self._end(running, abort_finish(running.rid), self._now())
         log.warning("%s: %s; prefilling here (trace %s)", given_up, why, trace_of(running.submit.traceparent))
         self._traces.fell_back(running, why)
-        self._runs += 1
-        running.engine_id = f"{running.key.id}.{running.key.attempt}.{running.key.choice}.{self._runs}"
+        running.engine_id = self._new_engine_id(running.key)
         running.leg = bus_pb2.LEG_LOCAL
         running.predicted_cached_tokens = 0  # that was of the prefill worker
         return self._submit(running)
@@ -417,8 +423,9 @@ class Execution:
         self._outbox.event(codec.key_from_wire(submit.key), bus_pb2.PHASE_FAILED, error_code=error.code)
 
     def _event(self, running: Running, phase: bus_pb2.Phase, *, error_code: str = "") -> None:
-        if not error_code and running.finish is not None:
-            error_code = running.finish.error.code
+        finish = running.finish
+        if not error_code and finish is not None and finish.HasField("error"):
+            error_code = finish.error.code
         self._outbox.event(
             running.key,
             phase,

@@ -62,17 +62,16 @@ class WorkerMetrics:
         cells = self._cells[self._worker.announcer.spec.role]
         outcome = _OUTCOMES[end_phase(running)]
         cells.outcomes[outcome].add()
-        if running.finish is not None and running.finish.error.code:
+        if running.finish is not None and running.finish.HasField("error"):
             self.refused(running.finish.error.code)
-        timings = running.timings
         computed = running.tokens or outcome == "finished"  # an embedding has no tokens
         if running.handed_over or (computed and running.leg == bus_pb2.LEG_LOCAL):
-            cells.prompt_tokens.add(running.submit.isl_tokens)
+            cells.prompt_tokens.add(running.isl_tokens)
             cells.predicted_tokens.add(running.predicted_cached_tokens)
             cells.cached_tokens.add(running.cached_tokens)
-        elif running.tokens and timings.kv_transfer_s:
-            cells.kv_bytes.add(timings.kv_transfer_bytes)
-            cells.kv_seconds.observe(timings.kv_transfer_s)
+        elif running.tokens and running.timings.kv_transfer_s:
+            cells.kv_bytes.add(running.timings.kv_transfer_bytes)
+            cells.kv_seconds.observe(running.timings.kv_transfer_s)
 
     def refused(self, code: str) -> None:
         role = self._worker.announcer.spec.role.value
@@ -113,7 +112,7 @@ class WorkerMetrics:
         self._instruments.watch_one(table.WORKER_EPOCH, lambda: float(worker.execution.epoch), self._model)
         self._instruments.watch_one(table.FRAMES_DROPPED, lambda: worker.outbox.dropped, self._model)
         self._instruments.watch(table.WORKER_QUEUE_REQUESTS, lambda: self._queue(lambda r: 1.0, sum))
-        self._instruments.watch(table.WORKER_QUEUE_TOKENS, lambda: self._queue(lambda r: r.submit.isl_tokens, sum))
+        self._instruments.watch(table.WORKER_QUEUE_TOKENS, lambda: self._queue(lambda r: r.isl_tokens, sum))
         self._instruments.watch(table.WORKER_QUEUE_OLDEST, self._oldest)
 
     def _read(self, metric: Metric, read: Callable[[], float]) -> None:

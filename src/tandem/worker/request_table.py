@@ -20,6 +20,8 @@ from tandem.v1 import bus_pb2
 if TYPE_CHECKING:
     from tandem.worker.tracing import Stay
 
+_NO_SUBMIT = bus_pb2.Submit()
+
 
 class Running(Struct, eq=False):
     """One request on this worker. Times are this process's monotonic clock."""
@@ -33,6 +35,8 @@ class Running(Struct, eq=False):
     accepted_at: float
     #: Name of the engine's own request; changes when the engine runs it again (a failed pull).
     engine_id: str
+    isl_tokens: int = 0
+    embed: bool = False
     predicted_cached_tokens: int = 0
     priority: int = 0
     tokens: array[int] = field(default_factory=lambda: array("I"))
@@ -56,7 +60,8 @@ class RequestTable:
         self._retention_s = retention_s
         self._fence_s = fence_s
         self._requests: dict[RequestKey, Running] = {}
-        self._by_id: dict[str, set[RequestKey]] = {}
+        #: Mostly one each, of which a list takes a third of a set's memory.
+        self._by_id: dict[str, list[RequestKey]] = {}
         #: (id, choice or None for all) -> highest attempt that must not run.
         self._fences: dict[tuple[str, int | None], int] = {}
         self._fence_queue: deque[tuple[float, tuple[str, int | None], int]] = deque()
@@ -70,11 +75,11 @@ class RequestTable:
             return False
         siblings = self._by_id.get(key.id)
         if siblings is None:
-            self._by_id[key.id] = {key}
+            self._by_id[key.id] = [key]
         elif any(k.choice == key.choice and k.attempt > key.attempt for k in siblings):
             return False
         else:
-            siblings.add(key)
+            siblings.append(key)
         self._requests[key] = request
         self.running += 1
         return True
@@ -109,8 +114,7 @@ class RequestTable:
         request.finished_at = now
         # Repair needs the tokens only, and the prompt is most of what would be kept. A parsed message gives its memory
         # back as a whole: clearing its fields would free nothing.
-        submit = request.submit
-        request.submit = bus_pb2.Submit(key=submit.key, isl_tokens=submit.isl_tokens, embed=submit.embed)
+        request.submit = _NO_SUBMIT
         self.running -= 1
         self._finished.append((now, request.key))
 
@@ -121,7 +125,8 @@ class RequestTable:
             self._requests.pop(key, None)
             keys = self._by_id.get(key.id)
             if keys is not None:
-                keys.discard(key)
+                if key in keys:
+                    keys.remove(key)
                 if not keys:
                     del self._by_id[key.id]
         while self._fence_queue and self._fence_queue[0][0] + self._fence_s <= now:

@@ -107,10 +107,10 @@ class WorkerTraces:
         span = self._span(spans.PREFILL.name, running, stay, start_s, end_s)
         span.span_id = stay.prefill_id
         leg = Leg.LOCAL if running.leg == bus_pb2.LEG_LOCAL else Leg.PREFILL
-        isl = running.submit.isl_tokens
+        isl = running.isl_tokens
         span.attributes.update({spans.LEG: leg.value, spans.INPUT_TOKENS: isl})
         span.attributes[spans.PREDICTED_CACHED] = running.predicted_cached_tokens
-        if running.handed_over or running.token_times or running.submit.embed:
+        if running.handed_over or running.token_times or running.embed:
             span.attributes[spans.CACHED_TOKENS] = running.cached_tokens
             span.attributes[spans.COMPUTED_TOKENS] = isl - running.cached_tokens
         return span
