@@ -110,7 +110,7 @@ class Fleet:
         # Where no worker may do both for a request, none that prefills decodes either.
         both = lending and self._policy.local_prefill and bool(self.decoders)
         self.reluctant = [v for v in usable if v.role is Role.PREFILL] if both else []
-        self.prefillers = [v for v in usable if v.role is Role.PREFILL or (lending and v.kv_format is not None)]
+        self.prefillers = [v for v in usable if v.role is Role.PREFILL or (lending and v.kv_kind >= 0)]
         self.set_aside = tuple((v.id, "draining" if v.draining else "silent") for v in self.ordered if not v.usable)
         held = [v.capacity_tokens for v in self.ordered if v.role is Role.DECODE]
         self.longest_tokens = max(held) if held else self.longest_tokens

@@ -138,7 +138,7 @@ def deepest(cached: Mapping[str, int]) -> str | None:
     return max(cached, key=cached.__getitem__, default=None)
 
 
-def front(cached: Mapping[str, int], count: int) -> Sequence[str]:
+def front(cached: Mapping[str, int], count: int) -> list[str]:
     """The holders; of many the ``count`` that hold most."""
     if isinstance(cached, Holders):
         return list(islice(cached, count))

@@ -8,6 +8,8 @@ from tandem.core.effects import Place
 
 
 class Reason(Enum):
+    __hash__ = object.__hash__  # machine code, where Enum's own is Python
+
     ONLY = "only"  # no other plan passed the hard filters
     PACE = "pace"  # another would have been sooner at its first token, but slower or fuller from there on
     PREFIX = "prefix"  # the soonest first token, on a worker that holds a part of the prompt

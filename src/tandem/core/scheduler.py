@@ -438,7 +438,8 @@ class Scheduler:
         self._queue.charge(request.tenant, charge)
         self._queue.count_share(entry.request_class.name, charge, now)
         rank = entry.request_class.rank
-        effects.append(Place(request, candidate.plan, cached, rank, decision, candidate, entry.waits_for))
+        assert job.plan is not None
+        effects.append(Place(request, job.plan, cached, rank, decision, candidate, entry.waits_for))
 
     def _book(self, candidate: Candidate, inquiry: Inquiry, cached: int, now: float) -> None:
         """Takes prefill credit on the first worker and KV room on every worker of the plan."""
