@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from tandem.core.accounting import Reading, WorkerView
 from tandem.core.holders import front
@@ -59,10 +59,13 @@ def suffix_context(isl: int, cached: int) -> float:
     return (isl - cached) * (isl + cached - 1) / 2.0
 
 
-class Standings(NamedTuple):
-    decoders: Standing
-    prefillers: Standing  # by role
-    lenders: Standing  # of the decoders, those that may prefill for others
+class Standings:
+    __slots__ = ("decoders", "lenders", "prefillers")
+
+    def __init__(self, decoders: Standing, prefillers: Standing, lenders: Standing) -> None:
+        self.decoders = decoders
+        self.prefillers = prefillers  # by role
+        self.lenders = lenders  # of the decoders, those that may prefill for others
 
 
 _NOBODY: Final[frozenset[str]] = frozenset()

@@ -354,7 +354,11 @@ class FairQueue:
 
     def tokens_up_to(self, rank: int) -> int:
         """Tokens that wait in classes of this rank or better."""
-        return sum(depth.tokens for name, depth in self._class_depth.items() if self._ranks[name] <= rank)
+        tokens = 0
+        for name, depth in self._class_depth.items():
+            if self._ranks[name] <= rank:
+                tokens += depth.tokens
+        return tokens
 
     def tokens_of(self, tenant: str) -> int:
         depth = self._tenant_depth.get(tenant)
@@ -370,6 +374,10 @@ class FairQueue:
     def parked(self) -> Iterable[Entry]:
         """In the order in which they were parked."""
         return self._parked.values()
+
+    @property
+    def num_parked(self) -> int:
+        return len(self._parked)
 
     def waiting_tenants(self) -> Iterable[str]:
         return self._tenant_depth.keys()

@@ -20,7 +20,8 @@ def reason_of(effect: Place) -> Reason:
     candidates = effect.decision.candidates
     if len(candidates) < 2:
         return Reason.ONLY
-    soonest = min([candidate.ttft_s for candidate in candidates])
-    if effect.candidate.ttft_s > soonest:
-        return Reason.PACE
+    chosen_s = effect.candidate.ttft_s
+    for candidate in candidates:
+        if candidate.ttft_s < chosen_s:
+            return Reason.PACE
     return Reason.PREFIX if effect.cached_tokens else Reason.LOAD
