@@ -293,9 +293,10 @@ def load_to_wire(load: WorkerLoad) -> bus_pb2.LoadReport:
 
 
 def load_from_wire(report: bus_pb2.LoadReport) -> WorkerLoad:
+    worker, role = report.worker, report.role
     return WorkerLoad(
-        worker=report.worker.id,
-        incarnation=report.worker.incarnation,
+        worker=worker.id,
+        incarnation=worker.incarnation,
         waiting_requests=report.waiting_requests,
         running_requests=report.running_requests,
         pending_prefill_tokens=report.pending_prefill_tokens,
@@ -304,7 +305,7 @@ def load_from_wire(report: bus_pb2.LoadReport) -> WorkerLoad:
         kv_blocks_total=report.kv_blocks_total,
         kv_tokens=report.kv_tokens,
         last_step_age_s=report.last_step_age_s,
-        steps=tuple(step_from_wire(step) for step in report.step_timings),
+        steps=tuple([step_from_wire(step) for step in report.step_timings]),
         draining=report.draining,
-        role=role_from_wire(report.role) if report.role else None,
+        role=role_from_wire(role) if role else None,
     )
