@@ -24,6 +24,8 @@ from tandem.core.types import (
 )
 from tandem.v1 import bus_pb2, types_pb2
 
+_NOBODY: frozenset[str] = frozenset()
+
 _ROLES: dict[Role, types_pb2.Role] = {Role.PREFILL: types_pb2.ROLE_PREFILL, Role.DECODE: types_pb2.ROLE_DECODE}
 _ROLES_BACK = {wire: role for role, wire in _ROLES.items()}
 _LEGS: dict[Leg, bus_pb2.Leg] = {Leg.PREFILL: bus_pb2.LEG_PREFILL, Leg.LOCAL: bus_pb2.LEG_LOCAL}
@@ -184,6 +186,7 @@ def sampling_from_wire(sampling: types_pb2.SamplingParams) -> SamplingParams:
 def request_from_wire(submit: bus_pb2.Submit, *, now: float) -> Request:
     """What the scheduler sees of a Submit that arrives at ``now`` by the scheduler's clock."""
     waited_s = submit.waited_ms / 1e3
+    slo_ms, avoid = submit.ttft_slo_ms, submit.avoid_workers  # each look at a message makes its value anew
     return Request(
         key=key_from_wire(submit.key),
         model=submit.model,
@@ -193,9 +196,9 @@ def request_from_wire(submit: bus_pb2.Submit, *, now: float) -> Request:
         timeout_s=waited_s + submit.timeout_ms / 1e3,
         tenant=submit.tenant,
         request_class=submit.request_class,
-        ttft_slo_s=submit.ttft_slo_ms / 1e3 if submit.ttft_slo_ms else None,
+        ttft_slo_s=slo_ms / 1e3 if slo_ms else None,
         lora=submit.lora,
-        avoid_workers=frozenset(submit.avoid_workers),
+        avoid_workers=frozenset(avoid) if avoid else _NOBODY,
         local_only=submit.local_only,
     )
 
