@@ -33,5 +33,7 @@ class Fences:
             del self._cancelled[oldest]
 
     def holds(self, key: RequestKey) -> bool:
+        if not self._cancelled:  # as mostly: every request asks
+            return False
         names: tuple[tuple[str, int | None], ...] = ((key.id, None), (key.id, key.choice))
         return any(key.attempt <= self._cancelled[name][0] for name in names if name in self._cancelled)

@@ -91,9 +91,11 @@ class Fleet:
 
     def heard(self, report: bus_pb2.LoadReport) -> bool:
         """A load report came. False if it is from a process that is not (yet, or any more) a member."""
-        self._dead.discard((report.worker.id, report.worker.incarnation))
-        member = self.members.get(report.worker.id)
-        if member is None or member.spec.address.incarnation != report.worker.incarnation:
+        worker, incarnation = report.worker.id, report.worker.incarnation
+        if self._dead:
+            self._dead.discard((worker, incarnation))
+        member = self.members.get(worker)
+        if member is None or member.spec.address.incarnation != incarnation:
             self._look_now.set()
             return False
         member.heard_at = self._now()

@@ -44,9 +44,9 @@ class RouterMetrics:
 
     # -- events ----------------------------------------------------------------------------------------------------
 
-    def placed(self, effect: Place, now: float) -> None:
+    def placed(self, effect: Place, leg: Leg, now: float) -> None:
         request = effect.request
-        self._placements[effect.plan.leg, reason_of(effect)].value += 1
+        self._placements[leg, reason_of(effect)].value += 1
         self._placed_tokens.value += request.isl_tokens
         self._cached_tokens.value += effect.cached_tokens
         wait = self._waits.get(request.request_class)

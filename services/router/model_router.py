@@ -93,6 +93,7 @@ class ModelRouter:
         self._settings = settings
         self._router = router
         self._cluster = cluster
+        self._bounce_name = f"{router}/{model}"
         self.model = model
         self.scheduler = scheduler
         self._bus = ports.bus
@@ -181,11 +182,11 @@ class ModelRouter:
         submit = bus_pb2.Submit.FromString(message.data)
         if not self.leadership.epoch:
             return self._reject(submit.frontend, submit.rid, NoLeader(f"{self._router} does not lead {self.model}"))
-        key = codec.key_from_wire(submit.key)
-        if key in self._submitted or self._fences.holds(key):
-            return None  # delivered twice: the first answer stands; or nobody waits for one
         now = self._now()
         request = codec.request_from_wire(submit, now=now)
+        key = request.key
+        if key in self._submitted or self._fences.holds(key):
+            return None  # delivered twice: the first answer stands; or nobody waits for one
         stay = self._traces.arrived(submit.traceparent, request)
         self._submitted[key] = _Submitted(message.data, submit.frontend, submit.rid, now, stay)
         self._looking.add(key)
@@ -266,21 +267,21 @@ class ModelRouter:
 
     def _on_events(self, message: Message) -> None:
         batch = bus_pb2.LifecycleEvents.FromString(message.data)
-        now = self._now()
+        now, scheduler = self._now(), self.scheduler
         for event in batch.events:
             key, phase = codec.key_from_wire(event.key), event.phase
             if phase != bus_pb2.PHASE_UNKNOWN:
                 self._doubts.heard(key, now)
             match phase:
                 case bus_pb2.PHASE_DECODING:
-                    self.scheduler.decode_started(key, now)
+                    scheduler.decode_started(key, now)
                 case bus_pb2.PHASE_PREFILL_DONE:
-                    self.scheduler.prefill_done(key, now)
+                    scheduler.prefill_done(key, now)
                 case bus_pb2.PHASE_FINISHED:
-                    self.scheduler.finished(key, event.output_tokens, event.cached_tokens, now)
+                    scheduler.finished(key, event.output_tokens, event.cached_tokens, now)
                     self._submitted.pop(key, None)
                 case bus_pb2.PHASE_FAILED | bus_pb2.PHASE_ABORTED:
-                    self.scheduler.failed(key, now)
+                    scheduler.failed(key, now)
                     self._submitted.pop(key, None)
                 case bus_pb2.PHASE_UNKNOWN:
                     if self._doubts.denied(key, batch.worker.id):
@@ -448,35 +449,31 @@ class ModelRouter:
         self._poll()
 
     def _place(self, effect: Place) -> None:
-        key, plan = effect.request.key, effect.plan
+        key, plan, now = effect.request.key, effect.plan, self._now()
         submitted = self._submitted[key]
-        first = plan.first_worker
-        assignment = bus_pb2.Assignment(
-            epoch=self.leadership.epoch,
-            router=self._router,
-            leg=codec.leg_to_wire(plan.leg),
-            submit=submitted.raw,
-            predicted_cached_tokens=effect.cached_tokens,
-            priority=effect.priority,
-            queued_s=self._now() - submitted.received_s,
-            others_wait=self.scheduler.num_queued > 0,
-        )
-        if plan.leg is Leg.PREFILL:
+        first, leg = plan.first_worker, plan.leg
+        message = bus_pb2.WorkerMessage()
+        assignment = message.assignment  # filled in its place: a message given to another is copied, at four times that
+        assignment.epoch = self.leadership.epoch
+        assignment.router = self._router
+        assignment.leg = codec.leg_to_wire(leg)
+        assignment.submit = submitted.raw
+        assignment.predicted_cached_tokens = effect.cached_tokens
+        assignment.priority = effect.priority
+        assignment.queued_s = now - submitted.received_s
+        assignment.others_wait = self.scheduler.num_queued > 0
+        if leg is Leg.PREFILL:
             assignment.decode.CopyFrom(codec.address_to_wire(self.fleet.members[plan.decode_worker].spec.address))
-        data = bus_pb2.WorkerMessage(assignment=assignment).SerializeToString()
-        reply = subjects.bounce(self._cluster, self._bounce_name, first, key.id, str(key.attempt), str(key.choice))
-        if not self._publish(subjects.work(self._cluster, first), data, reply):
+        bounce = subjects.bounce_of(self._cluster, self._bounce_name, first)
+        reply = subjects.and_request(bounce, key.id, key.attempt, key.choice)
+        if not self._publish(subjects.work(self._cluster, first), message.SerializeToString(), reply):
             self._fail(key, WorkerLostError(f"assignment to {first} could not be sent"))
         submitted.raw = b""
-        self._doubts.placed(key, (first, plan.decode_worker), self._now())
+        self._doubts.placed(key, (first, plan.decode_worker), now)
         if submitted.stay is not None:
             self._traces.placed(submitted.stay, effect)
             submitted.stay = None
-        self._metrics.placed(effect, self._now())
-
-    @property
-    def _bounce_name(self) -> str:
-        return f"{self._router}/{self.model}"
+        self._metrics.placed(effect, leg, now)
 
     def _recall(self, key: RequestKey) -> None:
         """Background work makes way: its workers stop it, its frontend submits it again."""

@@ -6,7 +6,8 @@ are answered in their order; when the first of them is not within ``timeout_s``,
 StoreUnavailable and the connection is given up. The next call makes a new one: one attempt for all who wait, and none
 for a moment after one that nobody answered or whose login was refused.
 
-``ask`` tells a callback straight from the socket's; ``run`` awaits the same.
+``ask`` tells a callback straight from the socket's; ``run`` awaits the same. Who asks has gathered what a turn brings,
+and is written for at once: the loop would first look at all other sockets.
 """
 
 from __future__ import annotations
@@ -55,11 +56,16 @@ class RedisPipe:
         """The script's answers to each of ``calls``, its arguments. One round trip for all, two when the server does
         not know the script yet (it was started anew)."""
         answer: asyncio.Future[list[Any]] = self._loop.create_future()
-        self.ask(script, keys, calls, partial(_settle, answer))
+        self._ask(script, keys, calls, partial(_settle, answer))
         return await answer
 
     def ask(self, script: Script, keys: Sequence[str], calls: Sequence[Sequence[Argument]], tell: Tell) -> None:
         """As ``run``, with a callback in the place of a task that waits; it is called later, never from in here."""
+        self._ask(script, keys, calls, tell)
+        if self._connection is not None:
+            self._connection.write()
+
+    def _ask(self, script: Script, keys: Sequence[str], calls: Sequence[Sequence[Argument]], tell: Tell) -> None:
         connection = self._connection
         if connection is not None and not connection.lost:
             return self._ask_over(connection, script, keys, calls, tell)
@@ -210,15 +216,16 @@ class _Connection(asyncio.Protocol):
             self._loop.call_soon(tell, StoreUnavailable("the connection to Redis is lost"))
             return
         if not self._out:
-            self._loop.call_soon(self._write)
+            self._loop.call_soon(self.write)
         self._out += commands
         self._waiting.append(_Asked(len(commands), monotonic(), tell))
         if self._watch is None:
             self._watch = self._loop.call_later(self._timeout_s, self._look)
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """What has been asked, unless it is written already."""
         commands, self._out = self._out, []
-        if self._transport is not None and not self.lost:
+        if commands and self._transport is not None and not self.lost:
             self._transport.write(b"".join(commands))
 
     def data_received(self, data: bytes) -> None:

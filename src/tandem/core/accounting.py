@@ -107,8 +107,8 @@ def _highest(one: _Own, other: _Own) -> _Own:
     return (a if a > f else f, b if b > g else g, c if c > h else h, d if d > i else i, e if e > j else j)
 
 
-def _kv_format(spec: WorkerSpec) -> tuple[str, str, int] | None:
-    return (spec.dtype, spec.kv_layout, spec.block_size) if spec.kv_endpoint else None
+#: Numbers of the KV formats that have been seen: placement compares these, since comparing the formats takes longer.
+_KINDS: dict[tuple[str, str, int], int] = {}
 
 
 class WorkerView:
@@ -116,21 +116,19 @@ class WorkerView:
 
     __slots__ = (
         "_dispatched", "_lag", "_peaks", "_prefilling", "_progress_from",
-        "_reading", "_reading_at", "_recent_tokens", "_report", "_rho", "_rho_at", "bookings",
-        "capacity_tokens", "decoding_blocks", "draining", "foreign_blocks", "foreign_context", "foreign_kv_tokens",
-        "foreign_sequences", "foreign_tokens",
-        "id", "kv_format", "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf", "role",
+        "_reading", "_reading_at", "_recent_tokens", "_report", "_rho", "_rho_at", "block_size", "bookings",
+        "capacity_tokens", "chunk_tokens", "decoding_blocks", "draining", "foreign_blocks", "foreign_context",
+        "foreign_kv_tokens", "foreign_sequences", "foreign_tokens",
+        "id", "kv_blocks_total", "kv_bytes_per_token", "kv_kind", "link_bytes_per_s", "max_num_seqs", "model",
+        "own_blocks", "own_context", "own_kv_tokens", "own_sequences", "own_tokens", "perf", "role",
         "shared_blocks", "sharing", "spec", "suspect", "transfer_bytes", "worth",
     )  # fmt: skip
 
     def __init__(self, spec: WorkerSpec, perf: PerfModel, lag: float) -> None:
         self.id = spec.id
-        self.spec = spec
-        self.kv_format = _kv_format(spec)  # None = its KV cannot leave, nor other KV come
+        self._describe(spec)
         #: Prompt and output tokens of one request that fit when the worker is idle.
         self.capacity_tokens = min(spec.max_model_len, spec.kv_blocks_total * spec.block_size)
-        self.role = spec.role
-        self.draining = spec.draining
         self.suspect = False
         self.perf = perf
         self.worth = 1.0  # of its time, beside the mean of the fleet
@@ -160,6 +158,22 @@ class WorkerView:
         self._rho_at = 0.0
         self._reading = Reading(0.0, 0.0, 0.0, 0.0)
         self._reading_at = -math.inf  # when it was taken; -inf = something has changed since
+
+    def _describe(self, spec: WorkerSpec) -> None:
+        """Takes out of ``spec`` what placement reads: here these are machine numbers, there they are not compiled."""
+        self.spec = spec
+        self.role = spec.role
+        self.draining = spec.draining
+        self.model = spec.model
+        self.block_size = spec.block_size
+        self.kv_blocks_total = spec.kv_blocks_total
+        self.kv_bytes_per_token = spec.kv_bytes_per_token
+        self.link_bytes_per_s = spec.link_bytes_per_s
+        self.max_num_seqs = spec.max_num_seqs
+        self.chunk_tokens = spec.max_batched_tokens
+        kv_format = (spec.dtype, spec.kv_layout, spec.block_size)
+        #: Workers of one kind can read each other's KV; -1 = its KV cannot leave, nor other KV come.
+        self.kv_kind = _KINDS.setdefault(kv_format, len(_KINDS)) if spec.kv_endpoint else -1
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -213,7 +227,7 @@ class WorkerView:
     def _decodes(self, booking: Booking) -> None:
         if booking.decodes and not booking.decoding:
             booking.decoding = True
-            self._change_decoding(booking.kv_tokens // self.spec.block_size)
+            self._change_decoding(booking.kv_tokens // self.block_size)
 
     def _change_decoding(self, blocks: int) -> None:
         self.decoding_blocks += blocks
@@ -233,17 +247,14 @@ class WorkerView:
             self.own_sequences -= 1
             self.own_kv_tokens -= booking.kv_tokens
         if booking.decoding:
-            self._change_decoding(-(booking.kv_tokens // self.spec.block_size))
+            self._change_decoding(-(booking.kv_tokens // self.block_size))
         if not self.bookings:
             self.transfer_bytes = 0.0
 
     def update(self, spec: WorkerSpec) -> None:
         """News (role, draining) of the same incarnation."""
         self._reading_at = -math.inf
-        self.spec = spec
-        self.kv_format = _kv_format(spec)
-        self.role = spec.role
-        self.draining = spec.draining
+        self._describe(spec)
 
     def report(self, load: WorkerLoad, now: float) -> None:
         self._report = load
@@ -291,7 +302,7 @@ class WorkerView:
         """What is pending and how fast it goes; kept until something changes or time goes on."""
         if self._reading_at != now:
             tokens, context = self._pending(now)
-            perf, chunk = self.perf, self.spec.max_batched_tokens
+            perf, chunk = self.perf, self.chunk_tokens
             sequences = self.own_sequences + self.foreign_sequences
             step = perf.p0 + perf.p1 * sequences + perf.p3 * (self.own_kv_tokens + self.foreign_kv_tokens)
             pending = perf.p1 * tokens + perf.p2 * context + math.ceil(tokens / chunk) * step
@@ -349,7 +360,7 @@ class WorkerView:
 
     def _own(self) -> _Own:
         blocks = self.own_blocks
-        return self.own_tokens, blocks, len(self.bookings), blocks * self.spec.block_size, -self.decoding_blocks
+        return self.own_tokens, blocks, len(self.bookings), blocks * self.block_size, -self.decoding_blocks
 
     def _note_peaks(self, now: float) -> None:
         self._peaks.note(self._own(), now)

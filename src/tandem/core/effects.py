@@ -10,17 +10,28 @@ from tandem.core.types import Explanation, Plan, Request
 from tandem.errors import TandemError
 
 
-@dataclass(slots=True)
 class Place:
     """Send the request to ``plan.first_worker``."""
 
-    request: Request
-    plan: Plan
-    cached_tokens: int  # of the prompt, believed to be cached on the first worker
-    priority: int  # for the engine's own queue: lower runs first
-    decision: Decision
-    candidate: Candidate
-    waited_for: Wait = Wait.TURN
+    __slots__ = ("cached_tokens", "candidate", "decision", "plan", "priority", "request", "waited_for")
+
+    def __init__(
+        self,
+        request: Request,
+        plan: Plan,
+        cached_tokens: int,
+        priority: int,
+        decision: Decision,
+        candidate: Candidate,
+        waited_for: Wait,
+    ) -> None:
+        self.request = request
+        self.plan = plan
+        self.cached_tokens = cached_tokens  # of the prompt, believed to be cached on the first worker
+        self.priority = priority  # for the engine's own queue: lower runs first
+        self.decision = decision
+        self.candidate = candidate
+        self.waited_for = waited_for
 
     @property
     def explanation(self) -> Explanation:

@@ -12,7 +12,6 @@ import heapq
 from collections.abc import Mapping
 
 from tandem.core.accounting import WorkerView
-from tandem.core.holders import deepest
 from tandem.core.perf_model import PerfModel
 from tandem.core.placement import Standings, suffix_context, unfit
 from tandem.core.policy import Policy
@@ -22,6 +21,11 @@ from tandem.core.types import Request, RequestKey, Role, WorkerLoad, WorkerSpec
 
 #: Prompt length at which workers are compared for speed, tokens.
 _REFERENCE_TOKENS = 1024
+
+
+def _idle_prefill_s(view: WorkerView, isl: int, cached: Mapping[str, int], common: int) -> float:
+    held = min(cached.get(view.id, common), isl - 1)
+    return view.perf.prefill_s(isl - held, suffix_context(isl, held), view.chunk_tokens)
 
 
 class Fleet:
@@ -110,7 +114,7 @@ class Fleet:
         # Where no worker may do both for a request, none that prefills decodes either.
         both = lending and self._policy.local_prefill and bool(self.decoders)
         self.reluctant = [v for v in usable if v.role is Role.PREFILL] if both else []
-        self.prefillers = [v for v in usable if v.role is Role.PREFILL or (lending and v.kv_format is not None)]
+        self.prefillers = [v for v in usable if v.role is Role.PREFILL or (lending and v.kv_kind >= 0)]
         self.set_aside = tuple((v.id, "draining" if v.draining else "silent") for v in self.ordered if not v.usable)
         held = [v.capacity_tokens for v in self.ordered if v.role is Role.DECODE]
         self.longest_tokens = max(held) if held else self.longest_tokens
@@ -155,9 +159,11 @@ class Fleet:
 
     def touch(self, view: WorkerView) -> None:
         """Its accounting has changed."""
-        self._dirty.add(view.id)
-        for standing in self.standings:
-            standing.touch(view.id)
+        worker, standings = view.id, self.standings
+        self._dirty.add(worker)
+        standings.decoders.touch(worker)
+        standings.prefillers.touch(worker)
+        standings.lenders.touch(worker)
 
     def anyone_open(self, now: float) -> bool:
         """Whether any usable worker has credit."""
@@ -200,6 +206,8 @@ class Fleet:
 
     def release_reservation(self, key: RequestKey) -> bool:
         """Whether there was one."""
+        if not self.reserved:
+            return False
         held = [worker for worker, holder in self.reserved.items() if holder == key]
         for worker in held:
             del self.reserved[worker]
@@ -207,19 +215,14 @@ class Fleet:
 
     # --- what an idle fleet could do --------------------------------------------------------------------------------
 
-    def idle_prefill_s(self, request: Request, cached: Mapping[str, int], common: int) -> float:
-        """Seconds of the prompt on the fastest worker, or on the one that has most of it: a lower bound, not inflated.
+    def idle_prefill_s(self, isl_tokens: int, cached: Mapping[str, int], common: int, holder: str | None) -> float:
+        """Seconds of the prompt on the fastest worker, or on the ``holder`` of most of it: a lower bound, not inflated.
         0 = no workers."""
-        looked = [self._fastest_prefill] if self._fastest_prefill is not None else []
-        holder = deepest(cached)
+        fastest = self._fastest_prefill
+        best = _idle_prefill_s(fastest, isl_tokens, cached, common) if fastest is not None else 0.0
         most = self.views.get(holder) if holder is not None else None
         if most is not None and most.usable:
-            looked.append(most)
-        isl = request.isl_tokens
-        best = 0.0
-        for view in looked:
-            held = min(cached.get(view.id, common), isl - 1)
-            seconds = view.perf.prefill_s(isl - held, suffix_context(isl, held), view.spec.max_batched_tokens)
+            seconds = _idle_prefill_s(most, isl_tokens, cached, common)
             best = seconds if not best else min(best, seconds)
         return best
 

@@ -102,25 +102,33 @@ class Holders(Mapping[str, int]):
 
     def above_least(self) -> tuple[Mapping[str, int], int]:
         """Those that hold more than the least that any does, and that."""
-        return _spelt(Holders(self._levels[:-1], self._slots)), self._levels[-1][0] if self._levels else 0
+        return _spelt(self._levels[:-1], self._slots), self._levels[-1][0] if self._levels else 0
 
 
-def _spelt(holders: Holders) -> Mapping[str, int]:
-    return dict(holders.items()) if len(holders) <= _FEW else holders
+def _spelt(levels: Sequence[Level], slots: Slots) -> Mapping[str, int]:
+    """In one loop: most requests have few holders, and each request has some."""
+    if sum([bitmap.bit_count() for _, bitmap in levels]) > _FEW:
+        return Holders(levels, slots)
+    worker_on, found = slots.worker_on, {}
+    for tokens, bitmap in levels:
+        while bitmap:
+            lowest = bitmap & -bitmap
+            found[worker_on[lowest.bit_length() - 1]] = tokens
+            bitmap ^= lowest
+    return found
 
 
 def cached_by_worker(depths: Depths, slots: Slots) -> Mapping[str, int]:
     """worker -> cached prompt tokens; slots that are nobody's are left out. Those that hold most come first."""
     size, known = slots.block_size, slots.known
-    levels = [(depth * size, held) for depth, bitmap in depths.levels if (held := bitmap & known)]
-    return _spelt(Holders(levels, slots))
+    return _spelt([(depth * size, held) for depth, bitmap in depths.levels if (held := bitmap & known)], slots)
 
 
 def apart(cached: Mapping[str, int], fleet: int) -> tuple[Mapping[str, int], int]:
     """Who holds more than all of the ``fleet`` do, and what those do."""
     if len(cached) < fleet or not cached:
         return cached, 0
-    if isinstance(cached, Holders):
+    if type(cached) is Holders:
         return cached.above_least()
     least = min(cached.values())
     return {worker: tokens for worker, tokens in cached.items() if tokens > least}, least
@@ -133,13 +141,13 @@ def without(cached: Mapping[str, int], worker: str, common: int) -> Mapping[str,
 
 def deepest(cached: Mapping[str, int]) -> str | None:
     """Who holds most; of several, whoever comes first."""
-    if isinstance(cached, Holders):
+    if len(cached) < 2 or type(cached) is Holders:
         return next(iter(cached), None)
     return max(cached, key=cached.__getitem__, default=None)
 
 
-def front(cached: Mapping[str, int], count: int) -> Sequence[str]:
+def front(cached: Mapping[str, int], count: int) -> list[str]:
     """The holders; of many the ``count`` that hold most."""
-    if isinstance(cached, Holders):
+    if type(cached) is Holders:  # isinstance is Python code for collections of the standard library's kind
         return list(islice(cached, count))
     return list(cached) if len(cached) <= count else sorted(cached, key=cached.__getitem__, reverse=True)[:count]

@@ -34,6 +34,8 @@ from tandem.errors import InternalError
 
 
 class State(Enum):
+    __hash__ = object.__hash__  # machine code, where Enum's own is Python: several times a request
+
     QUEUED = "queued"
     PREFILLING = "prefilling"
     TRANSFERRING = "transferring"
@@ -55,6 +57,8 @@ class State(Enum):
 
 
 class Event(Enum):
+    __hash__ = object.__hash__  # as above
+
     PLACE = "place"
     PREFILL_DONE = "prefill_done"
     DECODE_STARTED = "decode_started"

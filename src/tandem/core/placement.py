@@ -24,9 +24,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Final
 
 from tandem.core.accounting import Reading, WorkerView
 from tandem.core.holders import front
@@ -60,35 +59,64 @@ def suffix_context(isl: int, cached: int) -> float:
     return (isl - cached) * (isl + cached - 1) / 2.0
 
 
-class Standings(NamedTuple):
-    decoders: Standing
-    prefillers: Standing  # by role
-    lenders: Standing  # of the decoders, those that may prefill for others
+class Standings:
+    __slots__ = ("decoders", "lenders", "prefillers")
+
+    def __init__(self, decoders: Standing, prefillers: Standing, lenders: Standing) -> None:
+        self.decoders = decoders
+        self.prefillers = prefillers  # by role
+        self.lenders = lenders  # of the decoders, those that may prefill for others
 
 
-@dataclass(slots=True)
+_NOBODY: Final[frozenset[str]] = frozenset()
+_NOTHING: Final[dict[str, RequestKey]] = {}
+_NO_VIEWS: Final[list[WorkerView]] = []
+_PREFILL: Final = Role.PREFILL
+
+
 class Inquiry:
-    """One request as placement sees it, with everything it depends on resolved. Nobody changes it; a frozen one would
-    take thrice the time to make, for every look at a request."""
+    """One request as placement sees it, with everything it depends on resolved. Nobody changes it. A plain class: a
+    dataclass is made by Python code even where it is compiled, for every look at a request."""
 
-    request: Request
-    cached: Mapping[str, int]  # by those that hold more than all do
-    targets: Targets
-    waited_s: float
-    expected_osl: float  # of this request
-    stream_osl: float  # of those that it runs beside
-    reserve_tokens: int  # KV tokens to reserve on the decode worker
-    avoid: frozenset[str] = frozenset()
-    credit_s: float = 0.2  # it starts on a worker that has less prefill pending than this
-    guard_share: float = 1.0  # background: share of TPOT target and KV that it may fill
-    reserved: Mapping[str, RequestKey] = field(default_factory=dict)  # decode workers held for somebody, by id
-    common: int = 0  # cached tokens on everybody else
+    __slots__ = (
+        "avoid", "cached", "common", "credit_s", "expected_osl", "guard_share", "isl_tokens", "request",
+        "reserve_tokens", "reserved", "stream_osl", "targets", "waited_s",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: Request,
+        cached: Mapping[str, int],
+        targets: Targets,
+        waited_s: float,
+        expected_osl: float,
+        stream_osl: float,
+        reserve_tokens: int,
+        avoid: frozenset[str] = _NOBODY,
+        credit_s: float = 0.2,
+        guard_share: float = 1.0,
+        reserved: Mapping[str, RequestKey] = _NOTHING,
+        common: int = 0,
+    ) -> None:
+        self.request = request
+        self.isl_tokens = request.isl_tokens  # once more, as a machine number
+        self.cached = cached  # by those that hold more than all do
+        self.targets = targets
+        self.waited_s = waited_s
+        self.expected_osl = expected_osl  # of this request
+        self.stream_osl = stream_osl  # of those that it runs beside
+        self.reserve_tokens = reserve_tokens  # KV tokens to reserve on the decode worker
+        self.avoid = avoid
+        self.credit_s = credit_s  # it starts on a worker that has less prefill pending than this
+        self.guard_share = guard_share  # background: share of TPOT target and KV that it may fill
+        self.reserved = reserved  # decode workers held for somebody, by id
+        self.common = common  # cached tokens on everybody else
 
     def near(self, best_tpot_s: float, slack: float) -> Inquiry:
         """With the pace aimed at near the best that there is now."""
         aim = self.targets
         pace = Targets(aim.ttft_s, min(aim.tpot_s, slack * best_tpot_s), aim.binding, aim.near)
-        return Inquiry(  # a tenth of what ``dataclasses.replace`` takes
+        return Inquiry(
             self.request,
             self.cached,
             pace,
@@ -102,6 +130,38 @@ class Inquiry:
             self.reserved,
             self.common,
         )
+
+
+class _Knobs:
+    """Of a policy, what the inner loops read: here these are machine numbers, there they are not compiled."""
+
+    __slots__ = (
+        "effort", "exact_candidates", "first_token_guard", "haste", "inflation", "kv_guard", "local_prefill", "policy",
+        "reluctance", "tpot_guard",
+    )  # fmt: skip
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.inflation = policy.inflation
+        self.first_token_guard = policy.first_token_guard
+        self.tpot_guard = policy.tpot_guard
+        self.kv_guard = policy.kv_guard
+        self.haste = policy.haste
+        self.effort = policy.effort
+        self.reluctance = policy.reluctance
+        self.local_prefill = policy.local_prefill
+        self.exact_candidates = policy.exact_candidates
+
+
+_knobs = _Knobs(Policy())
+
+
+def _knobs_of(policy: Policy) -> _Knobs:
+    """Made once for each policy: nobody changes one."""
+    global _knobs
+    if _knobs.policy is not policy:
+        _knobs = _Knobs(policy)
+    return _knobs
 
 
 #: Of a score, as explanations name them.
@@ -176,14 +236,22 @@ class Candidate:
         return dict(zip(TERMS, values, strict=True))
 
 
-@dataclass(slots=True)
 class Decision:
     """What was found: candidates by score, and what the hard filters took out."""
 
-    candidates: tuple[Candidate, ...]
-    excluded: tuple[tuple[str, str], ...] = ()  # (worker id, reason)
-    guarded: bool = False  # the guard of background work took candidates out
-    partial: bool = False  # of a large fleet not everyone was looked at
+    __slots__ = ("candidates", "excluded", "guarded", "partial")
+
+    def __init__(
+        self,
+        candidates: tuple[Candidate, ...],
+        excluded: tuple[tuple[str, str], ...],
+        guarded: bool,
+        partial: bool,
+    ) -> None:
+        self.candidates = candidates
+        self.excluded = excluded  # (worker id, reason)
+        self.guarded = guarded  # the guard of background work took candidates out
+        self.partial = partial  # of a large fleet not everyone was looked at
 
     @property
     def best(self) -> Candidate | None:
@@ -213,17 +281,15 @@ def _summary(chosen: Candidate | None, count: int) -> str:
 
 def need_blocks(view: WorkerView, tokens: int) -> int:
     """KV blocks to reserve; an expected output that would not fit even alone reserves the whole worker."""
-    spec = view.spec
-    blocks = -(-tokens // spec.block_size)
-    return blocks if blocks < spec.kv_blocks_total else spec.kv_blocks_total
+    blocks = -(-tokens // view.block_size)
+    return blocks if blocks < view.kv_blocks_total else view.kv_blocks_total
 
 
 def unfit(view: WorkerView, request: Request, avoid: frozenset[str] = frozenset()) -> str:
     """Why this worker cannot take the request whatever its load; empty = it can."""
-    spec = view.spec
-    if spec.model != request.model:
+    if view.model != request.model:
         return "serves another model"
-    if request.lora and request.lora not in spec.loras:
+    if request.lora and request.lora not in view.spec.loras:
         return "lacks the LoRA"
     if view.id in avoid:
         return "failed this request before"
@@ -236,17 +302,16 @@ def full(view: WorkerView, need: int, share: float) -> str:
     """Why there is no room on it now; empty = there is. An idle worker takes whatever fits at all."""
     if not view.bookings and not view.foreign_sequences:
         return ""
-    spec = view.spec
-    if view.blocks_in_use + need > share * spec.kv_blocks_total:
+    if view.blocks_in_use + need > share * view.kv_blocks_total:
         return "no KV room"
-    if view.own_sequences + view.foreign_sequences >= spec.max_num_seqs:
+    if view.own_sequences + view.foreign_sequences >= view.max_num_seqs:
         return "batch full"
     return ""
 
 
 def can_transfer(prefill: WorkerView, decode: WorkerView) -> bool:
     """Whether KV of one can be read by the other."""
-    return prefill.kv_format is not None and prefill.kv_format == decode.kv_format
+    return prefill.kv_kind >= 0 and prefill.kv_kind == decode.kv_kind
 
 
 def may_be_remote(request: Request) -> bool:
@@ -273,11 +338,11 @@ class _Source:
 
 
 def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: float) -> _Source:
-    isl = inquiry.request.isl_tokens
+    isl = inquiry.isl_tokens
     cached = inquiry.cached.get(view.id, inquiry.common)
     if cached >= isl:
         cached = isl - 1  # the last token is always computed
-    perf, chunk = view.perf, view.spec.max_batched_tokens
+    perf, chunk = view.perf, view.chunk_tokens
     fresh = isl - cached
     work = perf.p1 * fresh + perf.p2 * (fresh * (isl + cached - 1) / 2.0)  # suffix_context, in the inner loop
     step_s = reading.step_s
@@ -294,15 +359,24 @@ def _source(view: WorkerView, reading: Reading, inquiry: Inquiry, inflation: flo
     return _Source(view, inflation * total, inflation * own, inflation * reading.pending_s, inflation * extra)
 
 
+class _Lows:
+    """The two lowest harms so far."""
+
+    __slots__ = ("first", "second")
+
+    def __init__(self) -> None:
+        self.first = self.second = math.inf
+
+
 def _lenders(
-    views: Sequence[WorkerView], inquiry: Inquiry, policy: Policy, now: float, tau: float, sources: dict[str, _Source]
+    views: list[WorkerView], inquiry: Inquiry, inflation: float, now: float, tau: float, sources: dict[str, _Source]
 ) -> list[_Source]:
     """Workers that could compute the prompt for another one: the soonest first, without those that two others beat in
     time and harm: one may be the decode worker itself.
 
     All of ``views`` as places to compute the prompt go to ``sources``, by worker.
     """
-    inflation, tpot_s, osl = policy.inflation, inquiry.targets.tpot_s, inquiry.stream_osl
+    tpot_s, osl = inquiry.targets.tpot_s, inquiry.stream_osl
     found: list[_Source] = []
     for view in views:
         source = _source(view, view.reading(now), inquiry, inflation)
@@ -315,40 +389,46 @@ def _lenders(
                 inflation * step_s / (1.0 - (share if share < _MAX_DISTURBANCE else _MAX_DISTURBANCE)) / tpot_s
             )
         found.append(source)
-    found.sort(key=_total_s)
+    if len(found) > 1:
+        found.sort(key=_total_s)
     kept: list[_Source] = []
-    least: dict[object, tuple[float, float]] = {}  # the two lowest harms so far, among those whose KV is alike
+    least: dict[int, _Lows] = {}  # among those whose KV is alike
     for source in found:
-        harm, kind = source.harm, source.view.kv_format
-        first, second = least.get(kind, (math.inf, math.inf))
-        if harm < second:
+        harm, kind = source.harm, source.view.kv_kind
+        lows = least.get(kind)
+        if lows is None:
+            lows = least[kind] = _Lows()
+        if harm < lows.second:
             kept.append(source)
-            least[kind] = (harm, first) if harm < first else (first, harm)
+            if harm < lows.first:
+                lows.first, lows.second = harm, lows.first
+            else:
+                lows.second = harm
     return kept
 
 
-def _score(r1: float, r2: float, kv: float, effort: float, policy: Policy) -> float:
+def _score(r1: float, r2: float, kv: float, effort: float, knobs: _Knobs) -> float:
     """``effort``: worker time that is added, of the TTFT target."""
     score = r1 * r1 + r2 * r2
-    if r1 > policy.first_token_guard:
-        score += _STEEP * (r1 - policy.first_token_guard)
-    if r2 > policy.tpot_guard:
-        score += _STEEP * (r2 - policy.tpot_guard)
-    if kv > policy.kv_guard:
-        score += _KV_STEEP * (kv - policy.kv_guard)
-    return score + policy.haste * r1 + effort
+    if r1 > knobs.first_token_guard:
+        score += _STEEP * (r1 - knobs.first_token_guard)
+    if r2 > knobs.tpot_guard:
+        score += _STEEP * (r2 - knobs.tpot_guard)
+    if kv > knobs.kv_guard:
+        score += _KV_STEEP * (kv - knobs.kv_guard)
+    return score + knobs.haste * r1 + effort
 
 
 def decide(
     inquiry: Inquiry,
-    decoders: Sequence[WorkerView],
-    prefillers: Sequence[WorkerView],
+    decoders: list[WorkerView],
+    prefillers: list[WorkerView],
     policy: Policy,
     now: float,
     rng: random.Random | None = None,
     set_aside: tuple[tuple[str, str], ...] = (),
     standings: Standings | None = None,
-    reluctant: Sequence[WorkerView] = (),
+    reluctant: list[WorkerView] = _NO_VIEWS,
 ) -> Decision:
     """Scores every plan for ``inquiry`` over usable workers, each list in the order of ids.
 
@@ -357,69 +437,87 @@ def decide(
     large fleet is not gone through: who comes into question is found from them, and is the same in all but ties.
     ``reluctant``: prefill workers that decode at a price; looked at if no plan is better than that alone.
     """
-    request, count = inquiry.request, policy.exact_candidates
+    knobs = _knobs_of(policy)
+    count = knobs.exact_candidates
+    large = _LARGE * count
     excluded = list(set_aside)
     share = min(policy.kv_share, inquiry.guard_share)
     partial = False
     able_p: list[WorkerView] = []
-    holders = front(inquiry.cached, _HOLDERS * count) if standings is not None else ()
-    if standings is not None and len(decoders) > _LARGE * count:
+    holders: list[str] = []
+    if standings is not None and max(len(decoders), len(prefillers), len(reluctant)) > large:
+        holders = front(inquiry.cached, _HOLDERS * count)
+    if standings is not None and len(decoders) > large:
         able_d, partial = _first_able(
             standings.decoders, holders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, count, excluded
         )
     else:
         able_d = _able(decoders, inquiry, inquiry.reserve_tokens, share, inquiry.reserved, excluded)
-    if (able_d or reluctant) and prefillers and policy.remote_prefill and may_be_remote(request):
-        if standings is not None and len(prefillers) > _LARGE * count:
+    if (able_d or reluctant) and prefillers and policy.remote_prefill and may_be_remote(inquiry.request):
+        isl = inquiry.isl_tokens
+        if standings is not None and len(prefillers) > large:
             for standing in (standings.prefillers, standings.lenders):
-                found_p, more = _first_able(
-                    standing, holders, inquiry, request.isl_tokens, share, {}, 2 * count, excluded
-                )
+                found_p, more = _first_able(standing, holders, inquiry, isl, share, _NOTHING, 2 * count, excluded)
                 able_p += found_p
                 partial = partial or more
         else:
-            able_p = _able(prefillers, inquiry, request.isl_tokens, share, {}, excluded)
-    if len(able_d) > policy.exact_candidates:
-        able_d = _promising_decoders(able_d, inquiry, policy.exact_candidates)
-    if len(able_p) > policy.exact_candidates:
-        able_p = _promising_prefillers(able_p, inquiry, policy.exact_candidates)
+            able_p = _able(prefillers, inquiry, isl, share, _NOTHING, excluded)
+    if len(able_d) > count:
+        able_d = _promising_decoders(able_d, inquiry, count)
+    if len(able_p) > count:
+        able_p = _promising_prefillers(able_p, inquiry, count)
     tau = disturbance_window_s(inquiry.stream_osl, inquiry.targets.tpot_s)
-    seats = [_seat(view, inquiry, policy, now, tau) for view in able_d]
+    seats = [_seat(view, inquiry, knobs, now, tau) for view in able_d]
     if inquiry.targets.near and seats:
-        inquiry = inquiry.near(min(map(_undisturbed_s, seats)), policy.pace_slack)
+        inquiry = inquiry.near(_best_pace_s(seats), policy.pace_slack)
     sources: dict[str, _Source] = {}
-    lenders = _lenders(able_p, inquiry, policy, now, tau, sources)
+    lenders = _lenders(able_p, inquiry, knobs.inflation, now, tau, sources)
     candidates: list[Candidate] = []
-
-    def score_on(seats: Sequence[_Seat]) -> None:
-        for seat in seats:
-            here = sources.get(seat.view.id) or _source(seat.view, seat.view.reading(now), inquiry, policy.inflation)
-            _plans_on(seat, here, lenders, inquiry, policy, candidates)
-
-    score_on(seats)
-    if reluctant and min(map(_score_of, candidates), default=math.inf) > _least_reluctant(lenders, inquiry, policy):
+    for seat in seats:
+        _plans_on(seat, lenders, sources, inquiry, knobs, now, candidates)
+    if reluctant and _lowest(candidates) > _least_reluctant(lenders, inquiry, knobs):
         able_r, more = _seats_among(reluctant, holders, inquiry, share, count, standings, excluded)
         partial = partial or more
-        score_on([_seat(view, inquiry, policy, now, tau) for view in able_r])
+        for view in able_r:
+            _plans_on(_seat(view, inquiry, knobs, now, tau), lenders, sources, inquiry, knobs, now, candidates)
     found = len(candidates)
     if inquiry.guard_share < 1.0:
         candidates = [candidate for candidate in candidates if candidate.itl_of_target <= inquiry.guard_share]
-    candidates.sort(key=_score_of)
-    if rng is not None:
-        _break_tie(candidates, rng)
+    if len(candidates) > 1:
+        candidates.sort(key=_score_of)
+        if rng is not None:
+            _break_tie(candidates, rng)
     # A worker that may take either part is looked at twice.
-    return Decision(tuple(candidates), tuple(dict.fromkeys(excluded)), found > len(candidates), partial)
+    out = tuple(dict.fromkeys(excluded)) if excluded else ()
+    return Decision(tuple(candidates), out, found > len(candidates), partial)
 
 
-def _least_reluctant(lenders: Sequence[_Source], inquiry: Inquiry, policy: Policy) -> float:
+def _best_pace_s(seats: list[_Seat]) -> float:
+    best = math.inf
+    for seat in seats:
+        pace_s = _undisturbed_s(seat)
+        if pace_s < best:
+            best = pace_s
+    return best
+
+
+def _lowest(candidates: list[Candidate]) -> float:
+    lowest = math.inf
+    for candidate in candidates:
+        if candidate.score < lowest:
+            lowest = candidate.score
+    return lowest
+
+
+def _least_reluctant(lenders: list[_Source], inquiry: Inquiry, knobs: _Knobs) -> float:
     """No plan with a reluctant worker scores less: mostly they need not be looked at."""
     soonest_s = lenders[0].total_s if lenders else 0.0
-    return policy.reluctance + _score((inquiry.waited_s + soonest_s) / inquiry.targets.ttft_s, 0.0, 0.0, 0.0, policy)
+    return knobs.reluctance + _score((inquiry.waited_s + soonest_s) / inquiry.targets.ttft_s, 0.0, 0.0, 0.0, knobs)
 
 
 def _seats_among(
-    views: Sequence[WorkerView],
-    holders: Sequence[str],
+    views: list[WorkerView],
+    holders: list[str],
     inquiry: Inquiry,
     share: float,
     count: int,
@@ -429,9 +527,9 @@ def _seats_among(
     """Prefill workers that could decode, at most about ``count``; and whether others were left out."""
     tokens = inquiry.reserve_tokens
     if standings is not None and len(views) > _LARGE * count:
-        able, partial = _first_able(standings.prefillers, holders, inquiry, tokens, share, {}, count, excluded)
+        able, partial = _first_able(standings.prefillers, holders, inquiry, tokens, share, _NOTHING, count, excluded)
     else:
-        able, partial = _able(views, inquiry, tokens, share, {}, excluded), False
+        able, partial = _able(views, inquiry, tokens, share, _NOTHING, excluded), False
     return (_promising_decoders(able, inquiry, count) if len(able) > count else able), partial
 
 
@@ -454,7 +552,7 @@ def _break_tie(candidates: list[Candidate], rng: random.Random) -> None:
 
 
 def _able(
-    views: Sequence[WorkerView],
+    views: list[WorkerView],
     inquiry: Inquiry,
     tokens: int,
     share: float,
@@ -465,16 +563,15 @@ def _able(
     request, avoid = inquiry.request, inquiry.avoid
     able: list[WorkerView] = []
     picky = bool(request.lora or avoid or reserved)
-    isl, model = request.isl_tokens, request.model
+    isl, model = inquiry.isl_tokens, request.model
     for view in views:
-        spec = view.spec
         if (
             not picky
             and isl < view.capacity_tokens
-            and view.own_blocks - view.shared_blocks + view.foreign_blocks - (-tokens // spec.block_size)
-            <= share * spec.kv_blocks_total
-            and view.own_sequences + view.foreign_sequences < spec.max_num_seqs
-            and spec.model == model
+            and view.own_blocks - view.shared_blocks + view.foreign_blocks - (-tokens // view.block_size)
+            <= share * view.kv_blocks_total
+            and view.own_sequences + view.foreign_sequences < view.max_num_seqs
+            and view.model == model
         ):
             able.append(view)  # the common case of the checks below, in one go: this loop is most of a large fleet
             continue
@@ -490,7 +587,7 @@ def _able(
 
 def _first_able(
     standing: Standing,
-    holders: Sequence[str],
+    holders: list[str],
     inquiry: Inquiry,
     tokens: int,
     share: float,
@@ -537,14 +634,14 @@ def _promising_prefillers(views: list[WorkerView], inquiry: Inquiry, count: int)
     """Those with the least to compute before the prompt is done, roughly, and the least to disturb; half of the places
     are for prefill workers by role, which a fleet of idle lenders must not crowd out."""
     cached, common = inquiry.cached.get, inquiry.common
-    isl = inquiry.request.isl_tokens
+    isl = inquiry.isl_tokens
 
     def cost(view: WorkerView) -> float:
         tokens = view.own_tokens + view.foreign_tokens + isl - cached(view.id, common)
         return view.perf.p1 * tokens + streams_step_s(view)
 
     by_cost = sorted(views, key=cost)
-    by_role = [view for view in by_cost if view.role is Role.PREFILL][: count // 2]
+    by_role = [view for view in by_cost if view.role is _PREFILL][: count // 2]
     taken = {view.id for view in by_role}
     rest = [view for view in by_cost if view.id not in taken][: count - len(by_role)]
     return sorted(by_role + rest, key=_id_of)
@@ -574,62 +671,65 @@ def _undisturbed_s(seat: _Seat) -> float:
     return seat.step_s / (1.0 - (share if share < _MAX_DISTURBANCE else _MAX_DISTURBANCE))
 
 
-def _seat(view: WorkerView, inquiry: Inquiry, policy: Policy, now: float, tau: float) -> _Seat:
+def _seat(view: WorkerView, inquiry: Inquiry, knobs: _Knobs, now: float, tau: float) -> _Seat:
     osl, perf = inquiry.expected_osl, view.perf
     batch = view.own_sequences + view.foreign_sequences
     others = view.own_kv_tokens + view.foreign_kv_tokens + 0.5 * inquiry.stream_osl * batch
-    kv_tokens = inquiry.request.isl_tokens + 0.5 * osl
+    kv_tokens = inquiry.isl_tokens + 0.5 * osl
     step_s = perf.decode_step_s(batch + 1, others + kv_tokens)
     # An idle worker would decode for this request alone: all of the step is its own.
     longer_s = step_s if not batch else perf.d1 + perf.d2 * kv_tokens
     blocks = view.blocks_in_use + need_blocks(view, inquiry.reserve_tokens)
-    inflation = policy.inflation
+    inflation = knobs.inflation
     return _Seat(
         view, inflation * step_s, inflation * osl * longer_s, tau, view.prefill_share_s(now, tau),
-        blocks / view.spec.kv_blocks_total, policy.reluctance if view.role is Role.PREFILL else 0.0,
+        blocks / view.kv_blocks_total, knobs.reluctance if view.role is _PREFILL else 0.0,
     )  # fmt: skip
 
 
 def _plans_on(
     seat: _Seat,
-    here: _Source,
-    lenders: Sequence[_Source],
+    lenders: list[_Source],
+    sources: dict[str, _Source],
     inquiry: Inquiry,
-    policy: Policy,
+    knobs: _Knobs,
+    now: float,
     found: list[Candidate],
 ) -> None:
-    """Appends ``local(decode)`` and the best ``remote(p, decode)``, as far as the policy allows. ``here``: the decode
-    worker as the place where the prompt is computed."""
+    """Appends ``local(decode)`` and the best ``remote(p, decode)``, as far as the policy allows. ``sources``: places to
+    compute the prompt that are known already, by worker."""
     decode = seat.view
-    if policy.local_prefill or not any(
+    if knobs.local_prefill or not any(
         source.view is not decode and can_transfer(source.view, decode) for source in lenders
     ):
+        here = sources.get(decode.id)
+        if here is None:
+            here = _source(decode, decode.reading(now), inquiry, knobs.inflation)
         # Its own prompt delays nobody where it is alone: its tokens come after it.
         share = (seat.rho + here.extra_s if seat.streams else seat.rho) / seat.tau
         itl_s = seat.step_s / (1.0 - (share if share < _MAX_DISTURBANCE else _MAX_DISTURBANCE))
-        found.append(_candidate(seat, here, None, inquiry.waited_s + here.total_s, 0.0, itl_s, 0.0, inquiry, policy))
-    if lenders and decode.kv_format is not None:
-        _remote_plan(seat, lenders, inquiry, policy, found)
+        found.append(_candidate(seat, here, None, inquiry.waited_s + here.total_s, 0.0, itl_s, 0.0, inquiry, knobs))
+    if lenders and decode.kv_kind >= 0:
+        _remote_plan(seat, lenders, inquiry, knobs, found)
 
 
-def _remote_plan(
-    seat: _Seat, lenders: Sequence[_Source], inquiry: Inquiry, policy: Policy, found: list[Candidate]
-) -> None:
+def _remote_plan(seat: _Seat, lenders: list[_Source], inquiry: Inquiry, knobs: _Knobs, found: list[Candidate]) -> None:
     """Appends the best plan that prefills elsewhere, if there is one. The innermost loop of a decision."""
     decode, targets, waited_s = seat.view, inquiry.targets, inquiry.waited_s
-    ttft_target, tpot_target, effort, step_s, kv = targets.ttft_s, targets.tpot_s, policy.effort, seat.step_s, seat.kv
-    missing = max(0, inquiry.request.isl_tokens - inquiry.cached.get(decode.id, inquiry.common))
-    moved = float(missing * decode.spec.kv_bytes_per_token)
+    ttft_target, tpot_target, effort, step_s, kv = targets.ttft_s, targets.tpot_s, knobs.effort, seat.step_s, seat.kv
+    missing = max(0, inquiry.isl_tokens - inquiry.cached.get(decode.id, inquiry.common))
+    moved = float(missing * decode.kv_bytes_per_token)
     undisturbed_s = _undisturbed_s(seat)
     longer_s = seat.longer_s * decode.worth
-    kind, own_link, own_transfers = decode.kv_format, decode.spec.link_bytes_per_s, decode.transfer_bytes
+    kind, own_link, own_transfers = decode.kv_kind, decode.link_bytes_per_s, decode.transfer_bytes
     least = math.inf
-    best: tuple[_Source, float, float, float] | None = None
+    best: _Source | None = None
+    best_ttft_s = best_transfer_s = best_itl_s = 0.0
     for source in lenders:
         view = source.view
-        if view is decode or view.kv_format != kind:  # as can_transfer says
+        if view is decode or view.kv_kind != kind:  # as can_transfer says
             continue
-        link, before = view.spec.link_bytes_per_s, view.transfer_bytes
+        link, before = view.link_bytes_per_s, view.transfer_bytes
         if link > own_link:
             link = own_link
         transfer_s = (moved + (before if before > own_transfers else own_transfers)) / (link if link > 1.0 else 1.0)
@@ -638,13 +738,13 @@ def _remote_plan(
         if itl_s < undisturbed_s:
             itl_s = undisturbed_s
         added = effort * (source.extra_s * view.worth + longer_s) / ttft_target
-        score = _score(ttft_s / ttft_target, itl_s / tpot_target, kv, added, policy)
+        score = _score(ttft_s / ttft_target, itl_s / tpot_target, kv, added, knobs)
         if score < least:
-            least, best = score, (source, ttft_s, transfer_s, itl_s)
+            least, best = score, source
+            best_ttft_s, best_transfer_s, best_itl_s = ttft_s, transfer_s, itl_s
     if best is not None:
-        source, ttft_s, transfer_s, itl_s = best
         moved = max(1.0, moved)
-        found.append(_candidate(seat, source, source.view, ttft_s, transfer_s, itl_s, moved, inquiry, policy))
+        found.append(_candidate(seat, best, best.view, best_ttft_s, best_transfer_s, best_itl_s, moved, inquiry, knobs))
 
 
 def _candidate(
@@ -656,12 +756,12 @@ def _candidate(
     itl_s: float,
     moved: float,
     inquiry: Inquiry,
-    policy: Policy,
+    knobs: _Knobs,
 ) -> Candidate:
     targets, waited_s = inquiry.targets, inquiry.waited_s
     r1, r2 = ttft_s / targets.ttft_s, itl_s / targets.tpot_s
     effort_s = source.extra_s * source.view.worth + seat.longer_s * seat.view.worth
-    score = seat.price + _score(r1, r2, seat.kv, policy.effort * effort_s / targets.ttft_s, policy)
+    score = seat.price + _score(r1, r2, seat.kv, knobs.effort * effort_s / targets.ttft_s, knobs)
     return Candidate(
         score, seat, source, prefill, ttft_s, waited_s, transfer_s, moved, itl_s, r1, r2, effort_s,
     )  # fmt: skip

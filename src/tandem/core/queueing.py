@@ -15,7 +15,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 
 from tandem.core.policy import RequestClass, Tenant
@@ -33,24 +32,39 @@ class Wait(Enum):
     WORKER = "worker"  # no worker of the fleet could take it at all
 
 
-@dataclass(slots=True, eq=False)
 class Entry:
     """A waiting request."""
 
-    request: Request
-    cached: Mapping[str, int]  # prompt tokens, by workers that hold more than all do
-    request_class: RequestClass
-    deadline: float
-    tokens: int  # what it counts in queue depth and limits: uncached input + weighted expected output
-    prefill_s: float  # on an idle fleet: a lower bound
-    order: int  # of arrival here
-    common: int = 0  # cached tokens on every other worker, when it came
-    queued: bool = True  # False once it left for good; heaps drop it when they meet it
-    parked: bool = False  # no worker of the fleet as it is could take it
-    late: bool = False  # runs as best effort, behind the rest of its class
-    blocked_since: float | None = None  # first time that a hard filter passed it over
-    homeless_since: float | None = None  # first time that no worker of the fleet could have taken it
-    waits_for: Wait = Wait.TURN  # as it was last looked at
+    __slots__ = (
+        "blocked_since", "cached", "common", "deadline", "homeless_since", "late", "order", "parked", "prefill_s",
+        "queued", "request", "request_class", "tokens", "waits_for",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        request: Request,
+        cached: Mapping[str, int],
+        request_class: RequestClass,
+        deadline: float,
+        tokens: int,
+        prefill_s: float,
+        order: int,
+        common: int = 0,
+    ) -> None:
+        self.request = request
+        self.cached = cached  # prompt tokens, by workers that hold more than all do
+        self.request_class = request_class
+        self.deadline = deadline
+        self.tokens = tokens  # what it counts in queue depth and limits: uncached input + weighted expected output
+        self.prefill_s = prefill_s  # on an idle fleet: a lower bound
+        self.order = order  # of arrival here
+        self.common = common  # cached tokens on every other worker, when it came
+        self.queued = True  # False once it left for good; heaps drop it when they meet it
+        self.parked = False  # no worker of the fleet as it is could take it
+        self.late = False  # runs as best effort, behind the rest of its class
+        self.blocked_since: float | None = None  # first time that a hard filter passed it over
+        self.homeless_since: float | None = None  # first time that no worker of the fleet could have taken it
+        self.waits_for = Wait.TURN  # as it was last looked at
 
     def __lt__(self, other: Entry) -> bool:
         return (self.deadline, self.order) < (other.deadline, other.order)
@@ -340,7 +354,11 @@ class FairQueue:
 
     def tokens_up_to(self, rank: int) -> int:
         """Tokens that wait in classes of this rank or better."""
-        return sum(depth.tokens for name, depth in self._class_depth.items() if self._ranks[name] <= rank)
+        tokens = 0
+        for name, depth in self._class_depth.items():
+            if self._ranks[name] <= rank:
+                tokens += depth.tokens
+        return tokens
 
     def tokens_of(self, tenant: str) -> int:
         depth = self._tenant_depth.get(tenant)
@@ -356,6 +374,10 @@ class FairQueue:
     def parked(self) -> Iterable[Entry]:
         """In the order in which they were parked."""
         return self._parked.values()
+
+    @property
+    def num_parked(self) -> int:
+        return len(self._parked)
 
     def waiting_tenants(self) -> Iterable[str]:
         return self._tenant_depth.keys()

@@ -8,6 +8,8 @@ from tandem.core.effects import Place
 
 
 class Reason(Enum):
+    __hash__ = object.__hash__  # machine code, where Enum's own is Python
+
     ONLY = "only"  # no other plan passed the hard filters
     PACE = "pace"  # another would have been sooner at its first token, but slower or fuller from there on
     PREFIX = "prefix"  # the soonest first token, on a worker that holds a part of the prompt
@@ -18,7 +20,8 @@ def reason_of(effect: Place) -> Reason:
     candidates = effect.decision.candidates
     if len(candidates) < 2:
         return Reason.ONLY
-    soonest = min([candidate.ttft_s for candidate in candidates])
-    if effect.candidate.ttft_s > soonest:
-        return Reason.PACE
+    chosen_s = effect.candidate.ttft_s
+    for candidate in candidates:
+        if candidate.ttft_s < chosen_s:
+            return Reason.PACE
     return Reason.PREFIX if effect.cached_tokens else Reason.LOAD

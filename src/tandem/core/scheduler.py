@@ -50,6 +50,8 @@ __all__ = ["Effect", "Place", "Recall", "Refuse", "Scheduler", "Snapshot"]
 _MIN_WAKEUP_S = 0.002
 #: A request that could not start is looked at again after so long even if nothing has happened.
 _PATIENCE_S = 0.02
+#: Ends for which the tenant does not pay.
+_UNPAID = frozenset({Event.LOSE, Event.FAIL, Event.RECALL})
 
 
 def _declared(classes: Mapping[str, RequestClass]) -> dict[str, RequestClass]:
@@ -188,7 +190,8 @@ class Scheduler:
             self.decode_started(key, now)
             return
         job.state = advance(job.state, Event.PREFILL_DONE)
-        for view in self._views(job.plan.prefill_worker):
+        view = self._giving(job.plan.prefill_worker)
+        if view is not None:
             view.prefill_done(key, now)
 
     def decode_started(self, key: RequestKey, now: float) -> None:
@@ -199,10 +202,9 @@ class Scheduler:
         job.state = advance(job.state, Event.DECODE_STARTED)
         if job.decoding_since is None:
             job.decoding_since = now
-        for view in self._views(job.plan.prefill_worker):
-            view.release(key, now)
-            self._stirred |= view.idle  # an idle worker takes what a busy one may not
-        for view in self._views(job.plan.decode_worker):
+        self._release(job.plan.prefill_worker, key, now)
+        view = self._giving(job.plan.decode_worker)
+        if view is not None:
             view.prefill_done(key, now)
             view.transfer_done(key)
 
@@ -249,7 +251,8 @@ class Scheduler:
         if len(self._queue) and self._worth_a_scan(now):
             self._retry_at = None
             self._stirred = self._room_wanted = False
-            self._place_reserved(now, effects)
+            if self._fleet.reserved:
+                self._place_reserved(now, effects)
             self._scan(now, effects)
         return effects
 
@@ -312,7 +315,8 @@ class Scheduler:
             passed_in[lane] = passed_in.get(lane, 0) + 1
             if passed_in[lane] >= policy.scan_per_tenant:
                 self._queue.set_aside(entry)
-        self._queue.restore(passed)
+        if passed:
+            self._queue.restore(passed)
         if not self._fleet.anyone_open(now):
             self._look_again(self._fleet.next_credit())
 
@@ -391,16 +395,17 @@ class Scheduler:
         )  # fmt: skip
 
     def _inquiry(self, entry: Entry, now: float) -> Inquiry:
-        request, request_class = entry.request, entry.request_class
+        request, request_class, lengths = entry.request, entry.request_class, self._admission.lengths
+        name = request_class.name
         guarded = request_class.background and not self._queue.owed(request_class, now)
         return Inquiry(
             request=request,
             cached=entry.cached,
             targets=self._admission.targets(entry, now),
             waited_s=max(0.0, now - request.arrival_s),
-            expected_osl=self._admission.lengths.expected(request_class.name, request),
-            stream_osl=self._admission.lengths.mean(request_class.name),
-            reserve_tokens=request.isl_tokens + self._admission.lengths.generous(request_class.name, request),
+            expected_osl=lengths.expected(name, request),
+            stream_osl=lengths.mean(name),
+            reserve_tokens=request.isl_tokens + lengths.generous(name, request),
             avoid=self._avoid(request),
             credit_s=self.policy.background_credit_s if guarded else self.policy.credit_s,
             guard_share=self.policy.background_guard if guarded else 1.0,
@@ -438,11 +443,12 @@ class Scheduler:
         self._queue.charge(request.tenant, charge)
         self._queue.count_share(entry.request_class.name, charge, now)
         rank = entry.request_class.rank
-        effects.append(Place(request, candidate.plan, cached, rank, decision, candidate, entry.waits_for))
+        assert job.plan is not None
+        effects.append(Place(request, job.plan, cached, rank, decision, candidate, entry.waits_for))
 
     def _book(self, candidate: Candidate, inquiry: Inquiry, cached: int, now: float) -> None:
         """Takes prefill credit on the first worker and KV room on every worker of the plan."""
-        key, isl = inquiry.request.key, inquiry.request.isl_tokens
+        key, isl = inquiry.request.key, inquiry.isl_tokens
         first, decode = candidate.first, candidate.decode
         tau = disturbance_window_s(inquiry.stream_osl, inquiry.targets.tpot_s)
         fresh, context = isl - cached, suffix_context(isl, cached)
@@ -524,6 +530,8 @@ class Scheduler:
         """Requests that no worker of the fleet can take, after a grace: workers may be coming."""
         if self._fleet.decoders:
             self._no_decoders_since = None
+            if not self._queue.num_parked:
+                return  # as mostly
         elif self._no_decoders_since is None:
             self._no_decoders_since = now
         grace = self.policy.no_worker_grace_s
@@ -548,13 +556,12 @@ class Scheduler:
     def _close(self, key: RequestKey, event: Event, now: float, error: TandemError | None = None) -> None:
         """The one way out: gives back whatever this request holds, and forgets it."""
         job = self._ledger.close(key, event, error)
-        if event in (Event.LOSE, Event.FAIL, Event.RECALL):
+        if event in _UNPAID:
             self._settle(job, 0.0, 0.0)
         self._dequeue(job.entry)
         if job.plan is not None:
-            for view in self._views(job.plan.prefill_worker, job.plan.decode_worker):
-                view.release(key, now)
-                self._stirred |= view.idle  # as in ``decode_started``
+            self._release(job.plan.prefill_worker, key, now)
+            self._release(job.plan.decode_worker, key, now)
 
     def _dequeue(self, entry: Entry) -> None:
         if entry.queued:
@@ -568,14 +575,23 @@ class Scheduler:
         if difference:
             self._queue.charge(job.request.tenant, difference)
 
-    def _views(self, *workers: str | None) -> list[WorkerView]:
-        """Those that are still there. They are about to give something back: credit shows by itself, KV room and seats
-        matter when somebody waits for them."""
-        views = [self._fleet.views[worker] for worker in workers if worker is not None and worker in self._fleet.views]
-        for view in views:
+    def _release(self, worker: str | None, key: RequestKey, now: float) -> None:
+        """All that the request takes there is given back."""
+        view = self._giving(worker)
+        if view is not None:
+            view.release(key, now)
+            if view.idle:
+                self._stirred = True  # an idle worker takes what a busy one may not
+
+    def _giving(self, worker: str | None) -> WorkerView | None:
+        """It is about to give something back, if it is still there: credit shows by itself, KV room and seats matter
+        when somebody waits for them."""
+        if self._room_wanted:
+            self._stirred = True
+        view = self._fleet.views.get(worker) if worker is not None else None
+        if view is not None:
             self._fleet.touch(view)
-        self._stirred |= self._room_wanted
-        return views
+        return view
 
     # --- readings ---------------------------------------------------------------------------------------------------
 

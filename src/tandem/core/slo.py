@@ -18,15 +18,17 @@ from tandem.core.policy import Policy, RequestClass
 from tandem.core.types import Request
 
 
-@dataclass(slots=True)
 class Targets:
     """Seconds; ``ttft_s`` counts from arrival. ``binding``: the TTFT is an SLO and not only an aim. ``near``: the pace
     is aimed at near what the best worker gives now, ``tpot_s`` being the farthest."""
 
-    ttft_s: float
-    tpot_s: float
-    binding: bool
-    near: bool = False
+    __slots__ = ("binding", "near", "tpot_s", "ttft_s")
+
+    def __init__(self, ttft_s: float, tpot_s: float, binding: bool, near: bool = False) -> None:
+        self.ttft_s = ttft_s
+        self.tpot_s = tpot_s
+        self.binding = binding
+        self.near = near
 
 
 def ttft_slo_s(request: Request, request_class: RequestClass) -> float | None:

@@ -5,7 +5,7 @@ few only. Between two looks only those are moved that have changed: finding a pl
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from tandem.core.accounting import WorkerView
 
@@ -61,7 +61,7 @@ class Standing:
     def find(self, worker: str) -> WorkerView | None:
         return self._views.get(worker)
 
-    def ranked(self) -> Sequence[WorkerView]:
+    def ranked(self) -> list[WorkerView]:
         """Good until the next ``touch``."""
         for worker in self._stale:
             view, old = self._views[worker], self._keys[worker]

@@ -22,6 +22,8 @@ class Role(Enum):
 class Leg(Enum):
     """What a worker that takes an assignment does with it."""
 
+    __hash__ = object.__hash__  # machine code, where Enum's own is Python: dicts by leg are asked for every placement
+
     PREFILL = "prefill"  # compute the prompt, hand the KV over
     LOCAL = "local"  # do it all
 

@@ -22,6 +22,8 @@ from tandem.core.types import (
 )
 from tandem.v1 import bus_pb2, types_pb2
 
+_NOBODY: frozenset[str] = frozenset()
+
 _ROLES: dict[Role, types_pb2.Role] = {Role.PREFILL: types_pb2.ROLE_PREFILL, Role.DECODE: types_pb2.ROLE_DECODE}
 _ROLES_BACK = {wire: role for role, wire in _ROLES.items()}
 _LEGS: dict[Leg, bus_pb2.Leg] = {Leg.PREFILL: bus_pb2.LEG_PREFILL, Leg.LOCAL: bus_pb2.LEG_LOCAL}
@@ -173,6 +175,7 @@ def sampling_from_wire(sampling: types_pb2.SamplingParams) -> SamplingParams:
 def request_from_wire(submit: bus_pb2.Submit, *, now: float) -> Request:
     """What the scheduler sees of a Submit that arrives at ``now`` by the scheduler's clock."""
     waited_s = submit.waited_ms / 1e3
+    slo_ms, avoid = submit.ttft_slo_ms, submit.avoid_workers  # each look at a message makes its value anew
     return Request(
         key=key_from_wire(submit.key),
         model=submit.model,
@@ -182,9 +185,9 @@ def request_from_wire(submit: bus_pb2.Submit, *, now: float) -> Request:
         timeout_s=waited_s + submit.timeout_ms / 1e3,
         tenant=submit.tenant,
         request_class=submit.request_class,
-        ttft_slo_s=submit.ttft_slo_ms / 1e3 if submit.ttft_slo_ms else None,
+        ttft_slo_s=slo_ms / 1e3 if slo_ms else None,
         lora=submit.lora,
-        avoid_workers=frozenset(submit.avoid_workers),
+        avoid_workers=frozenset(avoid) if avoid else _NOBODY,
         local_only=submit.local_only,
     )
 
@@ -282,9 +285,10 @@ def load_to_wire(load: WorkerLoad) -> bus_pb2.LoadReport:
 
 
 def load_from_wire(report: bus_pb2.LoadReport) -> WorkerLoad:
+    worker, role = report.worker, report.role
     return WorkerLoad(
-        worker=report.worker.id,
-        incarnation=report.worker.incarnation,
+        worker=worker.id,
+        incarnation=worker.incarnation,
         waiting_requests=report.waiting_requests,
         running_requests=report.running_requests,
         pending_prefill_tokens=report.pending_prefill_tokens,
@@ -293,7 +297,7 @@ def load_from_wire(report: bus_pb2.LoadReport) -> WorkerLoad:
         kv_blocks_total=report.kv_blocks_total,
         kv_tokens=report.kv_tokens,
         last_step_age_s=report.last_step_age_s,
-        steps=tuple(step_from_wire(step) for step in report.step_timings),
+        steps=tuple([step_from_wire(step) for step in report.step_timings]),
         draining=report.draining,
-        role=role_from_wire(report.role) if report.role else None,
+        role=role_from_wire(role) if role else None,
     )

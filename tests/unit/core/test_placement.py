@@ -46,16 +46,16 @@ def busy(worker: WorkerView, *, streams: int = 0, kv_each: int = 2000, prefill: 
 
 def inquiry(isl: int = 4000, cached: dict[str, int] | None = None, **changes: object) -> Inquiry:
     wanted = {k: changes.pop(k) for k in list(changes) if k in {"local_only", "max_osl_tokens", "lora"}}
-    base = Inquiry(
-        request=structs.replace(request("r", isl=isl), **wanted),  # type: ignore[arg-type]
-        cached=cached or {},
-        targets=GOAL,
-        waited_s=0.0,
-        expected_osl=200.0,
-        stream_osl=200.0,
-        reserve_tokens=isl + 200,
-    )
-    return replace(base, **changes)  # type: ignore[arg-type]
+    usual = {
+        "request": structs.replace(request("r", isl=isl), **wanted),  # type: ignore[arg-type]
+        "cached": cached or {},
+        "targets": GOAL,
+        "waited_s": 0.0,
+        "expected_osl": 200.0,
+        "stream_osl": 200.0,
+        "reserve_tokens": isl + 200,
+    }
+    return Inquiry(**usual | changes)  # type: ignore[arg-type]
 
 
 def decided(asked: Inquiry, decoders: list[WorkerView], prefillers: list[WorkerView] | None = None) -> Decision:
@@ -306,7 +306,7 @@ def test_looking_at_reluctant_workers_only_when_they_may_win_loses_no_plan(
         for i, (streams, tokens) in enumerate(prefills)
     ]
     d = [busy(view(f"d{i}"), streams=streams, prefill=tokens) for i, (streams, tokens) in enumerate(decodes)]
-    asked = replace(inquiry(isl), waited_s=waited_s)
+    asked = inquiry(isl, waited_s=waited_s)
     all_of_them = decide(asked, d + p, d + p, POLICY, 0.0).best
     found = decide(asked, d, d + p, POLICY, 0.0, reluctant=p).best
     assert (found and found.score) == (all_of_them and all_of_them.score)
@@ -378,10 +378,9 @@ AIMS = Targets(0.5, 0.1, binding=False, near=True)
 def test_without_an_slo_streams_spread_while_there_is_room() -> None:
     """An idle worker beside one with streams: whole steps of effort are paid for a pace that is twice as good."""
     workers = [busy(view("d0", kv_blocks_total=60_000), streams=110, kv_each=5000), view("d1")]
-    far = replace(AIMS, near=False)
-    asked = inquiry(500, targets=AIMS)
-    assert decided(asked, workers).best.decode.id == "d1"  # type: ignore[union-attr]
-    assert decided(replace(asked, targets=far), workers).best.decode.id == "d0"  # type: ignore[union-attr]
+    far = Targets(AIMS.ttft_s, AIMS.tpot_s, AIMS.binding, near=False)
+    assert decided(inquiry(500, targets=AIMS), workers).best.decode.id == "d1"  # type: ignore[union-attr]
+    assert decided(inquiry(500, targets=far), workers).best.decode.id == "d0"  # type: ignore[union-attr]
 
 
 def test_a_busy_fleet_is_not_asked_for_an_idle_ones_pace() -> None:

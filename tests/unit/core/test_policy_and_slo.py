@@ -62,7 +62,9 @@ def test_targets_without_an_slo_are_what_the_fleet_can_do() -> None:
     assert targets(r, plain, policy, 8.0, 0.2).tpot_s == 0.4
     assert not targets(r, plain, policy, 8.0, 0.2).binding
     tight = RequestClass(ttft_slo_s=1.0, tpot_slo_s=0.05)
-    assert targets(r, tight, policy, 8.0, 0.2) == targets(r, tight, policy, 0.0, 0.0)
+    for idle_s in (8.0, 0.0):
+        aim = targets(r, tight, policy, idle_s, idle_s / 40)
+        assert (aim.ttft_s, aim.tpot_s, aim.binding, aim.near) == (1.0, 0.05, True, False)
     assert targets(r, tight, policy, 8.0, 0.2, late=True).ttft_s == 16.0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,9 +37,9 @@ def test_the_same_choice_as_from_a_look_at_all(seed: int) -> None:
     decoders, prefillers = fleet(rng, rng.randrange(17, 50))
     holders = rng.sample(decoders + prefillers, rng.randrange(25))
     isl = rng.randrange(500, 16000)
-    asked = inquiry(isl, {w.id: rng.randrange(0, isl) // 16 * 16 for w in holders})
-    asked = replace(
-        asked,
+    asked = inquiry(
+        isl,
+        {w.id: rng.randrange(0, isl) // 16 * 16 for w in holders},
         avoid=frozenset(w.id for w in rng.sample(decoders, 3)),
         reserved={w.id: RequestKey("other") for w in rng.sample(decoders, 3)},
     )

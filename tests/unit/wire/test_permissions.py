@@ -58,3 +58,11 @@ def test_another_cluster_is_out_of_reach() -> None:
 def test_inboxes_are_by_user() -> None:
     assert may("subscribe", "router", f"{inbox_prefix('router')}.abc.1")
     assert not may("subscribe", "frontend", f"{inbox_prefix('router')}.abc.1")
+
+
+@pytest.mark.parametrize("peer", ["w1", "a w.1/é"])
+@pytest.mark.parametrize("request_id", ["r1", "a b"])
+def test_a_bounce_about_a_request_is_spelt_as_any_other(peer: str, request_id: str) -> None:
+    made = subjects.and_request(subjects.bounce_of(CLUSTER, "r/m", peer), request_id, 2, 31)
+    assert made == subjects.bounce(CLUSTER, "r/m", peer, request_id, "2", "31")
+    assert subjects.last_token(made) == f"{peer} {request_id} 2 31"
