@@ -10,6 +10,9 @@ from tandem.core.types import SamplingParams
 from tandem.v1 import bus_pb2
 from tandem.wire import codec
 
+#: Characters that a client chooses, of what is kept.
+_SHORT = 128
+
 
 def submit_message(journey: Journey, *, frontend: str, now: float) -> bytes:
     """A Submit, serialised. The prompt is the original one and every token given out so far; the budget is what is left
@@ -17,7 +20,8 @@ def submit_message(journey: Journey, *, frontend: str, now: float) -> bytes:
     order = journey.order
     prompt = order.prompt + journey.tokens[: journey.base].tobytes() if journey.base else order.prompt
     sampling = journey.remaining_sampling
-    small = sampling.structured_output is None and not sampling.logit_bias and not sampling.stop_token_ids
+    plain = sampling.structured_output is None and not sampling.logit_bias and not sampling.stop_token_ids
+    small = plain and len(order.cache_salt) + len(order.lora) <= _SHORT
     alike = (_kept_alike if small else _alike)(
         frontend,
         order.model,
