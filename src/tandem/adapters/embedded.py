@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -52,8 +52,6 @@ class ServerCommand:
     port: int
     url: str
     ready: Callable[[], Awaitable[bool]]
-    #: Variables that it gets unless the environment has them already.
-    env: Mapping[str, str] = field(default_factory=dict)
 
 
 #: Below the ports that the kernel gives to outgoing connections, which would take one of ours while its process is
@@ -97,9 +95,7 @@ def nats_command(
         f"{extra_config}\n"
     )
     argv = (str(binary), "--config", str(config))
-    # Its threads look for work before they sleep, at the cost of those who have some: a third of its CPU on two cores.
-    env = {"GOMAXPROCS": str(max(1, (os.cpu_count() or 1) // 4))}
-    return ServerCommand("nats-server", argv, port, f"nats://{HOST}:{port}", lambda: _nats_ready(port), env)
+    return ServerCommand("nats-server", argv, port, f"nats://{HOST}:{port}", lambda: _nats_ready(port))
 
 
 def redis_command(*, port: int, changed: Mapping[str, str] | None = None) -> ServerCommand:
@@ -256,7 +252,6 @@ class EmbeddedServer:
         with self._log_path.open("ab") as log:
             return subprocess.Popen(
                 command.argv,
-                env={**command.env, **os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
