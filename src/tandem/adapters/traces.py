@@ -15,8 +15,8 @@ from tandem.telemetry.sampling import Sampler, SamplingPolicy
 from tandem.telemetry.tracing import Tracing
 
 DISTRIBUTION = "tandem-serve"
-#: Between two batches of spans, each of which costs a millisecond of CPU here and one there: so late is what the console
-#: lists, and a collector hears. The SDK's own default is 5 s.
+#: Between two batches of spans, each of which costs a millisecond of CPU here and one there: so late is what they hear.
+#: The SDK's own default is 5 s.
 _DELAY_MS = 1000.0
 
 
