@@ -6,6 +6,7 @@ Everything comes from the deployment file and from the model's folder; nothing o
 from __future__ import annotations
 
 import asyncio
+import math
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
@@ -121,11 +122,15 @@ def _template(model: Model, folder: Path, tokenizer: Tokenizer) -> ChatTemplate 
 
 def _defaults(config: Mapping[str, Any]) -> SamplingDefaults:
     """Those of its fields that are numbers."""
-    names = [name for name in SamplingDefaults.__struct_fields__ if isinstance(config.get(name), int | float)]
+    names = [name for name in SamplingDefaults.__struct_fields__ if _is_number(config.get(name))]
     found: dict[str, Any] = {name: float(config[name]) for name in names}
     if "top_k" in found:
         found["top_k"] = max(0, int(found["top_k"]))
     return SamplingDefaults(**found)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _eos_ids(config: Mapping[str, Any]) -> frozenset[int]:

@@ -113,6 +113,9 @@ def _read_line(line: bytes) -> tuple[int, str, str, int, int]:
     try:
         return *_read_head(head), int(size)
     except (IndexError, ValueError):
+        plain = b" ".join(line.split())  # any white space is legal, and single spaces are what comes
+        if plain != line:
+            return _read_line(plain)
         raise ProtocolError(f"malformed control line {line[:200]!r}") from None
 
 

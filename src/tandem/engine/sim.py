@@ -198,9 +198,11 @@ class SimEngine:
         now, model = self._now(), self._model
         model.expire_handoffs(now)
         tokens, context = model.pending_prefill()
+        waiting = len(model.waiting())
         return EngineStats(
-            waiting_requests=len(model.waiting()),
-            running_requests=model.num_running,
+            waiting_requests=waiting,
+            # Whose last step is under way is none of the model's any more.
+            running_requests=max(model.num_running, len(self._live) - waiting),
             pending_prefill_tokens=tokens,
             pending_prefill_context_tokens=context,
             kv_blocks_used=model.pool.num_used,

@@ -214,7 +214,6 @@ class Execution:
     # -- running ---------------------------------------------------------------------------------------------------
 
     def _admit(self, submit: bus_pb2.Submit, assignment: bus_pb2.Assignment, leg: bus_pb2.Leg) -> Running | None:
-        self._outbox.others_wait = assignment.others_wait
         key = codec.key_from_wire(submit.key)
         running = Running(
             key=key,
@@ -237,6 +236,7 @@ class Execution:
                 self._event(running, bus_pb2.PHASE_ABORTED)
             return None
         running.stay = self._traces.admitted(submit.traceparent)
+        self._outbox.hurry(assignment.others_wait)
         self._outbox.placed(submit.frontend, submit.rid, leg)
         self._event(running, bus_pb2.PHASE_ACCEPTED)
         return running

@@ -30,6 +30,7 @@ LINGER_S = 0.02
 _TELLING = frozenset({bus_pb2.PHASE_DECODING, bus_pb2.PHASE_FINISHED})
 #: Told at once in any case: all but these.
 _UNHURRIED = _TELLING | {bus_pb2.PHASE_ACCEPTED}
+_ENDS = frozenset({bus_pb2.PHASE_FINISHED, bus_pb2.PHASE_FAILED, bus_pb2.PHASE_ABORTED})
 
 
 class Cancellable(Protocol):
@@ -95,8 +96,7 @@ class Outbox:
         self._events: dict[RequestKey, tuple[bus_pb2.Phase, int, int, str]] = {}
         #: The first of these may wait for a frame that comes then; -inf: they may not wait.
         self._events_due = 0.0
-        #: Requests wait in a router for what we have to tell it, as far as we know.
-        self.others_wait = False
+        self._others_wait = False
         self._scheduled = False
         self._lingering: Cancellable | None = None
         self.dropped = 0
@@ -138,12 +138,27 @@ class Outbox:
     ) -> None:
         if not self._events:
             self._events_due = self._loop.time() + LINGER_S / 2
-        self._events[key] = (phase, output_tokens, cached_tokens, error_code)
-        if phase not in _UNHURRIED or (self.others_wait and phase in _TELLING):
+        known = self._events.get(key)
+        if known is None or known[0] not in _ENDS or phase in _ENDS:
+            self._events[key] = (phase, output_tokens, cached_tokens, error_code)
+        if phase not in _UNHURRIED or (self._others_wait and phase in _TELLING):
             self._events_due = -math.inf
             self._soon()
         elif self._lingering is None:
             self._lingering = self._loop.call_later(LINGER_S, self._lingered)
+
+    def hurry(self, others_wait: bool) -> None:
+        """Whether requests wait in a router for what it is told, as far as we know."""
+        self._others_wait = others_wait
+        if others_wait and self._events:
+            self._events_due = -math.inf
+            self._soon()
+
+    def tell_now(self) -> None:
+        """All of it. For who says something that the router would understand otherwise without it: a load report shows
+        as gone what has ended, and has to come after its end."""
+        self._events_due = -math.inf
+        self.flush()
 
     def flush(self) -> None:
         """All that is due."""
@@ -184,8 +199,7 @@ class Outbox:
 
     def _lingered(self) -> None:
         self._lingering = None
-        self._events_due = -math.inf
-        self.flush()
+        self.tell_now()
 
     def _publish(self, subject: str, data: bytes, reply: str) -> None:
         try:

@@ -87,6 +87,7 @@ class Reporter:
             self._look_for_late_reads()
             self._tell_again_after_reconnect(now)
             self._seq += 1
+            self._outbox.tell_now()
             try:
                 self._bus.publish(self._subject, self.report(with_steps=True).SerializeToString())
             except BusUnavailable as error:

@@ -265,7 +265,7 @@ class Worker:
         await work.unsubscribe()
         await self._flush()
         await self._idle()
-        self.outbox.flush()
+        self.outbox.tell_now()
         await self._flush()
 
     async def _idle(self) -> None:

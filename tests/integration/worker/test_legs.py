@@ -26,6 +26,27 @@ async def test_a_local_leg_says_what_the_prompt_calls_for(site: Site) -> None:
     await site.told("r1", ["accepted", "decoding", "finished"])
 
 
+async def test_no_load_report_overtakes_an_end(site: Site) -> None:
+    """One that shows nothing at work, while the end of a request has yet to be told, has the router write it off."""
+    d = await site.worker("d")
+    overtaken: list[set[str]] = []
+
+    def on_load(message: Message) -> None:
+        report = bus_pb2.LoadReport.FromString(message.data)
+        known = {event.key.id for event in site.events}
+        running = {name for name in known if site.phases(name)[-1] != "finished"}
+        if running and not report.running_requests + report.waiting_requests:
+            overtaken.append(running)
+
+    await site.bus.subscribe(subjects.all_loads(CLUSTER), on_load)
+    for rid in range(1, 31):
+        site.assign("d", rid, PROMPT, 15)
+        await site.frontend.end(rid)
+    await site.told_last("finished", "r30")
+    assert not overtaken
+    await site.nothing_left(d)
+
+
 async def test_a_remote_leg_is_token_identical_and_frees_everything(site: Site) -> None:
     p, d = await site.worker("p", Role.PREFILL), await site.worker("d")
     for rid in (1, 2, 3):

@@ -169,6 +169,32 @@ def test_events_leave_by_themselves_where_no_frame_comes() -> None:
     assert len(events(bus)) == 2
 
 
+def test_what_is_held_back_leaves_when_others_begin_to_wait_and_before_what_needs_it() -> None:
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    box.event(key(1), bus_pb2.PHASE_FINISHED)
+    box.hurry(False)
+    turn.end()
+    assert not events(bus)
+    box.hurry(True)
+    turn.end()
+    box.hurry(False)
+    box.event(key(2), bus_pb2.PHASE_FINISHED)
+    box.tell_now()
+    assert events(bus) == [[(key(number), bus_pb2.PHASE_FINISHED)] for number in (1, 2)]
+    assert turn.timers[-1].cancelled
+
+
+def test_an_end_stays_the_latest() -> None:
+    for end in (bus_pb2.PHASE_FINISHED, bus_pb2.PHASE_FAILED, bus_pb2.PHASE_ABORTED):
+        bus, turn = FullBus(), Turn()
+        box = outbox(bus, turn)
+        box.event(key(1), end)
+        box.event(key(1), bus_pb2.PHASE_PREFILL_DONE)  # told again meanwhile
+        box.tell_now()
+        assert events(bus) == [[(key(1), end)]]
+
+
 def test_an_event_that_lets_the_router_act_is_told_at_once() -> None:
     always = (bus_pb2.PHASE_PREFILL_DONE, bus_pb2.PHASE_FAILED, bus_pb2.PHASE_ABORTED, bus_pb2.PHASE_UNKNOWN)
     where_others_wait = (bus_pb2.PHASE_DECODING, bus_pb2.PHASE_FINISHED)
@@ -176,7 +202,7 @@ def test_an_event_that_lets_the_router_act_is_told_at_once() -> None:
         for phase in bus_pb2.Phase.values()[1:]:
             bus, turn = FullBus(), Turn()
             box = outbox(bus, turn)
-            box.others_wait = others_wait
+            box.hurry(others_wait)
             box.event(key(1), bus_pb2.PHASE_ACCEPTED)
             box.event(key(2), phase)
             turn.end()
