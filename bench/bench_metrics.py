@@ -55,6 +55,7 @@ def wanted(folder: str) -> Deployment:
 def ended(generations: Generations, request: GenerationRequest) -> Generation:
     """As it is when the last frame of its tokens has come."""
     generation = generations.begin(request)
+    generation.start()
     for journey in generation.journeys:
         journey.first_token_s = request.arrival_s + 0.1
         journey.tokens.extend(range(128))

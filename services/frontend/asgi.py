@@ -130,12 +130,31 @@ class PostedRoutes:
     async def turn_away(self, response: Response) -> None:
         await response.error(Overloaded("too many connections"), (b"connection", b"close"))
 
-    async def answer(
+    def answer(
+        self, route: Route, headers: Mapping[bytes, bytes], read_body: ReadBody, response: Response, watch: Watch
+    ) -> Coroutine[Any, Any, None]:
+        """One exchange, to its end; it counts as arriving from this call on. Raises nothing but what ``response``
+        does."""
+        self._intake.arrivals.enter()
+        return self._answer(route, headers, read_body, response, watch)
+
+    async def _answer(
         self, route: Route, headers: Mapping[bytes, bytes], read_body: ReadBody, response: Response, watch: Watch
     ) -> None:
-        """One exchange, to its end. Raises nothing but what ``response`` does."""
         try:
-            await self._serve(route, headers, read_body, response, watch)
+            begun = await self._begin(route, headers, read_body)
+            if isinstance(begun, bytes):
+                await response.whole(200, begun)
+            elif not isinstance(begun, tuple):
+                await response.whole(200, await _unless_disconnected(begun, watch))
+            else:
+                generation, form = begun
+                unwatch = watch(generation.cancel)
+                try:
+                    await (_stream if generation.request.streaming else _whole)(generation, form, response)
+                finally:
+                    unwatch()
+                    generation.close()
         except TandemError as error:
             await response.error(error)
         except Disconnected:
@@ -144,63 +163,76 @@ class PostedRoutes:
             # A defect of ours. The client hears of it in the shape that it understands; the log has the rest.
             log.exception("request %s failed", response.request_id)
             await response.error(InternalError(f"internal error; request {response.request_id}"))
+        response.over()
 
-    async def _serve(
-        self, route: Route, headers: Mapping[bytes, bytes], read_body: ReadBody, response: Response, watch: Watch
-    ) -> None:
-        arrival_s = monotonic()
-        traceparent = headers.get(b"traceparent")
-        caller = Caller(
-            tenant=self._tenant(headers),
-            traceparent=traceparent.decode() if traceparent and _TRACEPARENT.fullmatch(traceparent) else "",
-        )
-        body = await read_body()
-        received_s = monotonic()
-        exchange = await route(body, caller, arrival_s)
-        del body  # not for as long as the answer takes
-        if isinstance(exchange, bytes):
-            await response.whole(200, exchange)
-            return
-        if not isinstance(exchange, Exchange):
-            await response.whole(200, await _unless_disconnected(exchange, watch))
-            return
-        generation = self._generations.begin(exchange.request, received_s=received_s)
-        unwatch = watch(generation.cancel)
+    async def _begin(
+        self, route: Route, headers: Mapping[bytes, bytes], read_body: ReadBody
+    ) -> bytes | Coroutine[Any, Any, bytes] | tuple[Generation, AnswerForm]:
+        """What comes of a request: as its route has it, or a generation that has started, and how to say it."""
+        arrivals = self._intake.arrivals
         try:
-            if exchange.request.streaming:
-                await _stream(generation, exchange.answer, response)
-            else:
-                deltas = await generation.collect()
-                await response.whole(200, exchange.answer.whole(deltas, generation.usage))
+            arrival_s = monotonic()
+            traceparent = headers.get(b"traceparent")
+            caller = Caller(
+                tenant=self._tenant(headers),
+                traceparent=traceparent.decode() if traceparent and _TRACEPARENT.fullmatch(traceparent) else "",
+            )
+            body = await read_body()
+            received_s = monotonic()
+            exchange = await route(body, caller, arrival_s)
+            if not isinstance(exchange, Exchange):
+                return exchange
+            generation = self._generations.begin(exchange.request, received_s=received_s)
+            try:
+                await arrivals.next_stage()
+                generation.start()
+            except BaseException:
+                generation.close()
+                raise
+            return generation, exchange.answer
         finally:
-            unwatch()
-            generation.cancel()
+            arrivals.leave()
 
 
-async def _stream(generation: Generation, answer: AnswerForm, response: Response) -> None:
+async def _whole(generation: Generation, form: AnswerForm, response: Response) -> None:
+    body = form.whole(await generation.collect(), generation.usage)
+    await generation.departures.next_stage()
+    await response.whole(200, body)
+
+
+async def _stream(generation: Generation, form: AnswerForm, response: Response) -> None:
     quiet = not await generation.wait_opened()
-    await response.open(_SSE, answer.head() + (KEEP_ALIVE if quiet else b""))
+    head = form.head() + (KEEP_ALIVE if quiet else b"")
+    if generation.done and generation.error is None:  # all of it came at once
+        body = head + form.events(await generation.next_batch()) + form.tail(generation.usage)
+        await generation.departures.next_stage()
+        await response.open(_SSE, b"")
+        await response.close(body)
+        return
+    await response.open(_SSE, head)
     offer = response.offer
 
     def new_line(choice: int, texts: Sequence[str | None]) -> Line | None:
-        around = answer.around_text(choice)
+        around = form.around_text(choice)
         return None if around is None else response.line(texts, around, generation.stop_relay)
 
     try:
         while not generation.over:
             if offer is not None:
-                generation.relay(lambda deltas: offer(answer.events(deltas)), new_line)
+                generation.relay(lambda deltas: offer(form.events(deltas)), new_line)
             deltas = await generation.next_batch()
-            body = answer.events(deltas) if deltas else KEEP_ALIVE
+            body = form.events(deltas) if deltas else KEEP_ALIVE
             if generation.over and generation.error is None:
-                await response.close(body + answer.tail(generation.usage))
+                body += form.tail(generation.usage)
+                await generation.departures.next_stage()
+                await response.close(body)
             elif body:
                 await response.write(body)
         if generation.error is not None:
             raise generation.error
     except TandemError as error:
         response.told(error)
-        await response.close(answer.failed(error))
+        await response.close(form.failed(error))
 
 
 def _watch_over(receive: Receive) -> Watch:
@@ -291,6 +323,9 @@ class Response:
     def line(self, texts: Sequence[str | None], around: tuple[bytes, bytes], full: Callable[[], None]) -> Line | None:
         """``write`` for plain tokens, from here straight to the connection; None where that is not possible."""
         return None
+
+    def over(self) -> None:
+        """No more of it will come, if any has."""
 
     async def open(self, headers: tuple[Header, ...], body: bytes) -> None:
         self._opened = True

@@ -9,7 +9,7 @@ keep-alive and graceful shutdown go on as they are. Requests that are in any way
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
@@ -199,15 +199,12 @@ class _Exchange:
 
     # -- the answer ------------------------------------------------------------------------------------------------
 
-    async def run_asgi(self, app: object) -> None:
+    def run_asgi(self, app: object) -> Coroutine[Any, Any, None]:
         """The name by which uvicorn runs its cycles; no ASGI here."""
         if self.queued:
             self.expect_body()
         response = _DirectResponse(self._connection, self, self._headers, self._posted.told)
-        await self._posted.answer(self._route, self._headers, self._read_body, response, self._watch)
-        if not self.response_complete:  # nothing was said to a client that has left
-            self.response_complete = True
-            self._connection.transport.close()
+        return self._posted.answer(self._route, self._headers, self._read_body, response, self._watch)
 
     def _watch(self, gone: Callable[[], None]) -> Callable[[], object]:
         self._on_leave = gone
@@ -298,6 +295,12 @@ class _DirectResponse(Response):
         exchange.response_complete = True
         if not exchange.disconnected:
             self._connection.ended(exchange)
+
+    def over(self) -> None:
+        exchange = self._exchange
+        if not exchange.response_complete:  # nothing was said to a client that has left
+            exchange.response_complete = True
+            self._connection.transport.close()
 
     def _say(self, data: bytes) -> None:
         if not self._out:

@@ -20,6 +20,7 @@ from services.frontend.cluster import Cluster
 from services.frontend.detokenizer import detokenizer
 from services.frontend.journey import Journey
 from services.frontend.line import Line
+from services.frontend.lockstep import Lockstep
 from services.frontend.order import Consumer, Order, Outcome, Positions
 from services.frontend.parsers.output import Call, NewParser, Parsed
 from services.frontend.served_model import ServedModel
@@ -110,7 +111,8 @@ class Delta(Struct):  # a quarter of a dataclass's time to make
 
 
 class Generation:
-    """Made by ``Generations.begin``. Read it with ``next_batch`` (streaming) or ``collect`` (not)."""
+    """Made by ``Generations.begin``; ``start`` it, read it with ``next_batch`` (streaming) or ``collect`` (not), and
+    ``close`` it."""
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class Generation:
         cluster: Cluster,
         on_end: Callable[[Generation], None],
         relay_soon: Callable[[Generation], None],
+        departures: Lockstep,
     ) -> None:
         self.request = request
         self.usage = Usage(prompt_tokens=sum(map(len, request.prompts)))
@@ -133,6 +136,8 @@ class Generation:
         self.finish_reasons: list[str] = []
         self._cluster = cluster
         self._on_end = on_end
+        #: Together with those that are over in the same turn.
+        self.departures = departures
         self._queue: list[Delta] = []
         self._queued_tokens = 0
         self._waiter: asyncio.Future[None] | None = None
@@ -148,6 +153,9 @@ class Generation:
         self._quiet_since = request.arrival_s
 
     def start(self) -> None:
+        """Gives it to the cluster, unless it has been cancelled before."""
+        if self.error is not None:
+            return
         request = self.request
         root = root_hash(request.model.name, "", request.cache_salt)
         ends = request.end_tokens
@@ -273,6 +281,11 @@ class Generation:
         if not self.done:
             self.fail(errors.Cancelled("cancelled by the client"))
 
+    def close(self) -> None:
+        """Once, by its reader, who has said all of it or will say no more: ends what has not ended."""
+        self.cancel()
+        self.departures.leave()
+
     def on_sweep(self, now: float, idle_s: float) -> None:
         """Wakes the reader when nothing was pushed for ``idle_s``."""
         if self._active:
@@ -368,6 +381,8 @@ class Generations:
         self._traces = traces
         self._running: set[Generation] = set()
         self._to_relay: list[Generation] = []
+        #: Those that are over, until their readers have closed them.
+        self.departures = Lockstep()
         self._refusal: errors.TandemError | None = None
         #: Called with each, once, when it is over.
         self.on_end: Callable[[Generation], None] = lambda generation: None
@@ -377,15 +392,14 @@ class Generations:
         return len(self._running)
 
     def begin(self, request: GenerationRequest, *, received_s: float = 0.0) -> Generation:
-        """Raises what was given to ``refuse``."""
+        """One that is yet to be started. Raises what was given to ``refuse``."""
         if self._refusal is not None:
             raise self._refusal
-        generation = Generation(request, self._cluster, self._ended, self._relay_soon)
+        generation = Generation(request, self._cluster, self._ended, self._relay_soon, self.departures)
         if self._traces is not None:
             generation.trace = self._traces.begin(request.traceparent)
             generation.received_s = received_s
         self._running.add(generation)
-        generation.start()
         return generation
 
     def refuse(self, error: errors.TandemError) -> None:
@@ -398,6 +412,7 @@ class Generations:
     def _ended(self, generation: Generation) -> None:
         if generation in self._running:
             self._running.remove(generation)
+            self.departures.enter()
             self.on_end(generation)
             if self._traces is not None:
                 self._traces.ended(generation)

@@ -53,6 +53,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             wanted = await self._generate_request(request, context)
             generation = self._generations.begin(wanted)
             self.open += 1
+            generation.start()
             async for deltas in _batches(generation):
                 response = inference_pb2.GenerateResponse(
                     id=wanted.id,
@@ -66,7 +67,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         finally:
             if generation is not None:
                 self.open -= 1
-                generation.cancel()
+                generation.close()
 
     async def Chat(
         self, request: inference_pb2.ChatRequest, context: grpc.aio.ServicerContext[Any, Any]
@@ -76,6 +77,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             wanted = await self._chat_request(request, context)
             generation = self._generations.begin(wanted)
             self.open += 1
+            generation.start()
             async for deltas in _batches(generation):
                 response = inference_pb2.ChatResponse(
                     id=wanted.id,
@@ -90,7 +92,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         finally:
             if generation is not None:
                 self.open -= 1
-                generation.cancel()
+                generation.close()
 
     async def Embed(
         self, request: inference_pb2.EmbedRequest, context: grpc.aio.ServicerContext[Any, Any]

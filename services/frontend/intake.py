@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from msgspec import Struct
 
 from services.frontend.generation import GenerationRequest
+from services.frontend.lockstep import Lockstep
 from services.frontend.options import Options
 from services.frontend.parsers.output import NewParser
 from services.frontend.served_model import ServedModel
@@ -39,6 +40,8 @@ class Intake:
         self.models = {model.name: model for model in models}
         self.tenants = Tenants(deployment)
         self.limits = deployment.limits
+        #: Posted requests, from their last byte until they are the cluster's.
+        self.arrivals = Lockstep()
         self._now = now
         # One thread: tokenising holds a core, and the loop needs the other.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
@@ -62,10 +65,13 @@ class Intake:
         least = model.tokenizer.least_tokens(text)
         if least >= model.max_model_len:
             raise _too_long(model, f"at least {least}", param)
+        await self.arrivals.next_stage()
         try:
-            return await model.encode(text, self._executor, add_special_tokens=add_special_tokens)
+            tokens = await model.encode(text, self._executor, add_special_tokens=add_special_tokens)
         except UnicodeEncodeError:
             raise _surrogate(param) from None
+        await self.arrivals.next_stage()
+        return tokens
 
     async def tokenise_input(self, model: ServedModel, text: str, *, truncate: int | None, param: str) -> Sequence[int]:
         """Of an embedding: at most ``truncate`` tokens, special ones included; None = all, however many."""

@@ -66,6 +66,7 @@ class OpenAIRoutes:
     async def chat(self, body: bytes, caller: Caller, arrival_s: float) -> Exchange:
         wanted = decode(chat_decoder, body)
         model = self._intake.model(wanted.model)
+        await self._intake.arrivals.next_stage()
         use = tool_use(wanted.tools, wanted.tool_choice, model)
         structured = wanted.structured_output
         if use.forced is not None and structured is not None:
@@ -130,6 +131,7 @@ class OpenAIRoutes:
         wanted = decode(responses_decoder, body)
         wanted.refuse_what_needs_memory()
         model = self._intake.model(wanted.model)
+        await self._intake.arrivals.next_stage()
         text = model.render(wanted.messages, extra=template_arguments(wanted.chat_template_kwargs))
         prompt = await self._intake.tokenise(model, text, add_special_tokens=False, param="input")
         request = self._intake.request(
