@@ -19,7 +19,9 @@ def generation() -> Generation:
     request = GenerationRequest(
         id="q", model=cast(Any, None), prompts=[[1]], sampling=SamplingParams(max_tokens=9), arrival_s=0, timeout_s=9
     )  # fmt: skip
-    return Generation(request, generations._cluster, lambda ended: None, generations._relay_soon, generations.departures)
+    return Generation(
+        request, generations._cluster, lambda ended: None, generations._relay_soon, generations.departures
+    )
 
 
 async def turns(count: int = 3) -> None:
