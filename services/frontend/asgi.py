@@ -80,6 +80,7 @@ class PostedRoutes:
         self._crowded = crowded
         self.told = told
         self._routes = dict(routes)
+        self.arrivals = intake.arrivals
         self._intake = intake
         self._generations = generations
 
@@ -135,7 +136,7 @@ class PostedRoutes:
     ) -> Coroutine[Any, Any, None]:
         """One exchange, to its end; it counts as arriving from this call on. Raises nothing but what ``response``
         does."""
-        self._intake.arrivals.enter()
+        self.arrivals.enter()
         return self._answer(route, headers, read_body, response, watch)
 
     async def _answer(
@@ -169,7 +170,7 @@ class PostedRoutes:
         self, route: Route, headers: Mapping[bytes, bytes], read_body: ReadBody
     ) -> bytes | Coroutine[Any, Any, bytes] | tuple[Generation, AnswerForm]:
         """What comes of a request: as its route has it, or a generation that has started, and how to say it."""
-        arrivals = self._intake.arrivals
+        arrivals = self.arrivals
         try:
             arrival_s = monotonic()
             traceparent = headers.get(b"traceparent")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
 
@@ -94,7 +94,7 @@ class DirectConnection(Connection):
         self._exchanges.clear()
 
     def begin(self, exchange: _Exchange) -> None:
-        self._start_asgi_task(exchange, self.app)  # type: ignore[arg-type]
+        self._posted.arrivals.join(partial(self._start_asgi_task, exchange, self.app))  # type: ignore[arg-type]
 
     def ended(self, exchange: _Exchange) -> None:
         self._exchanges.remove(exchange)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from msgspec import Struct
 
 from services.frontend.generation import GenerationRequest
-from services.frontend.lockstep import Lockstep
+from services.frontend.lockstep import Convoy
 from services.frontend.options import Options
 from services.frontend.parsers.output import NewParser
 from services.frontend.served_model import ServedModel
@@ -41,7 +41,7 @@ class Intake:
         self.tenants = Tenants(deployment)
         self.limits = deployment.limits
         #: Posted requests, from their last byte until they are the cluster's.
-        self.arrivals = Lockstep()
+        self.arrivals = Convoy()
         self._now = now
         # One thread: tokenising holds a core, and the loop needs the other.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tokenise")

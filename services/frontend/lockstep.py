@@ -7,8 +7,12 @@ once for all of them (docs/decisions/stages.md).
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import asyncio
+from collections.abc import Callable, Generator
 from types import coroutine
+
+#: Of the event loop, after which those that wait set out, whoever is still on the way: one may wait for a thread.
+MOST_TURNS = 8
 
 
 class Lockstep:
@@ -28,4 +32,40 @@ class Lockstep:
     def next_stage(self) -> Generator[None, None, None]:
         """A stage is done: lets the others come so far. One that is alone goes on at once."""
         if self._inside > 1:
+            self._set_out()
             yield  # as asyncio.sleep(0) does, without its two frames
+
+    def _set_out(self) -> None:
+        """One of several has done its first stage, or another."""
+
+
+class Convoy(Lockstep):
+    """Who comes while others are on the way waits for the next: the busier, the more go together."""
+
+    __slots__ = ("_turns", "_waiting")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turns = 0  # since those inside set out; 0 = they have not
+        self._waiting: list[Callable[[], object]] = []
+
+    def join(self, enter: Callable[[], object]) -> None:
+        """``enter`` is called with the next that set out: at once, unless others are on the way."""
+        if self._turns:
+            self._waiting.append(enter)
+        else:
+            enter()
+
+    def _set_out(self) -> None:
+        if not self._turns:
+            self._next_turn()
+
+    def _next_turn(self) -> None:
+        if self._inside and self._turns < MOST_TURNS:
+            self._turns += 1
+            asyncio.get_running_loop().call_soon(self._next_turn)
+            return
+        self._turns = 0
+        waiting, self._waiting = self._waiting, []
+        for enter in waiting:
+            enter()
