@@ -384,6 +384,7 @@ class Generations:
         #: Those that are over, until their readers have closed them.
         self.departures = Lockstep()
         self._refusal: errors.TandemError | None = None
+        self._swept_s = 0.0
         #: Called with each, once, when it is over.
         self.on_end: Callable[[Generation], None] = lambda generation: None
         cluster.on_sweep = self._on_sweep
@@ -430,6 +431,9 @@ class Generations:
             generation.relay_now()
 
     def _on_sweep(self, now: float) -> None:
+        if now - self._swept_s < self._idle_s / 10:
+            return  # near enough for who waits ten times as long
+        self._swept_s = now
         for generation in list(self._running):
             generation.on_sweep(now, self._idle_s)
 

@@ -77,6 +77,7 @@ class Journey:
         "incidents",
         "leader",
         "line",
+        "look_s",
         "order",
         "outcome",
         "placed_s",
@@ -123,6 +124,8 @@ class Journey:
         self.line: Line | None = None
         self.avoid: set[str] = set()
         self.failures = 0
+        #: Until then no tick can find anything.
+        self.look_s = 0.0
         self._remote_failures = 0
         self._leaders = leaders
         self._patience = patience
@@ -447,12 +450,15 @@ class Journey:
         self._end(Outcome(FinishReason.STOP, len(self.tokens), cached, timings=timings))
 
     def _tick_placed(self, now: float) -> None:
+        silent_since = max(self._heard_s, self._asked_s)
         if self._questions_s and now - self._heard_s >= self._patience.lost_s:
             assert self.holder is not None
             self.avoid.add(self.holder.id)
             self._lose(errors.WorkerLostError(f"worker {self.holder.id} does not answer"), now)
-        elif now - max(self._heard_s, self._asked_s) >= self._patience.stall_s:
+        elif now - silent_since >= self._patience.stall_s:
             self._ask(now)
+        elif not self._questions_s:
+            self.look_s = min(self.order.deadline_s, silent_since + self._patience.stall_s)
 
     def _tick_submitted(self, now: float) -> None:
         model = self.order.model
@@ -470,6 +476,7 @@ class Journey:
     def _ask(self, now: float) -> None:
         assert self.holder is not None
         self.line = None  # its silence is one
+        self.look_s = 0.0
         self._asked_s = now
         self._questions_s = self._questions_s or now
         self._note(spans.GAP, now)
@@ -522,6 +529,7 @@ class Journey:
 
     def _enter(self, state: State, now: float) -> None:
         self.line = None
+        self.look_s = 0.0
         self.state = state
         self._since_s = now
         self._heard_s = now

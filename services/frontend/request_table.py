@@ -102,7 +102,8 @@ class RequestTable:
 
     def on_tick(self, now: float, *, bus: bool = True) -> None:
         for journey in self:
-            journey.on_tick(now, bus=bus)
+            if journey.look_s <= now:  # most have just been heard of
+                journey.on_tick(now, bus=bus)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
