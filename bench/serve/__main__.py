@@ -18,9 +18,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from bench.serve import cells, report
+from bench.serve import cells, engine_alone, report
 from bench.serve.cells import Cell
 from bench.serve.load import Generator, cpu_s, memory_mb, temporary_folder, words
 from bench.serve.report import Record
@@ -95,6 +96,9 @@ def _round(
             warm_up = cell.lines(stack.target.model, vocabulary, -1)[:200]
             if not cell.workload:
                 generator.run(stack.target, warm_up, concurrency=16, seconds=1)
+        alone = {}
+        if cell.concurrency == 1 and stack.name == "tandem" and cell.engines == cells.ZERO:
+            alone = engine_alone.measured(isl=cell.isl, osl=cell.osl)
         run = generator.run(
             stack.target,
             lines,
@@ -102,6 +106,7 @@ def _round(
             seconds=cell.seconds,
             quick_ack=cell.quick_ack,
         )
+        run = replace(run, engine_ttft_ms=alone)
         cpu = report.routing_cpu(run)
         ttft = run.ttft_ms.get("p50", 0.0)
         print(

@@ -60,6 +60,8 @@ class Run:
     cached_share: float
     cpu_ms: dict[str, float] = field(default_factory=dict)
     memory_mb: dict[str, float] = field(default_factory=dict)
+    #: Of the same engine by itself, just before (engine_alone.py); where only one request is under way at a time.
+    engine_ttft_ms: dict[str, float] = field(default_factory=dict)
     generator_cores: float = 0.0
     #: Cores that everything else on this machine was using meanwhile.
     others_cores: float = 0.0

@@ -115,6 +115,11 @@ def _spread(run: Run) -> float:
     return run.ttft_ms["p99"] / max(1e-6, run.ttft_ms["p50"])
 
 
+def _added(run: Run, quantile: str) -> float:
+    """To the TTFT of the engine by itself: to its median, since the tails of the two are of different requests."""
+    return run.ttft_ms[quantile] - run.engine_ttft_ms["p50"]
+
+
 SHORT, LONG = "zero 128/32 c64", "zero 1024/128 c64"
 GOALS: list[Goal] = [
     Goal("CPU of frontend + router, over Dynamo's frontend", SHORT, routing_cpu, 0.25),
@@ -132,8 +137,8 @@ GOALS: list[Goal] = [
         for shape in ("128/32", "1024/128")
         for concurrency in (1, 16, 64, 256)
     ),
-    Goal("added latency p50, ms", "zero 128/32 c1 ordinary", lambda r: r.ttft_ms["p50"], 2.0, over=""),
-    Goal("added latency p99, ms", "zero 128/32 c1 ordinary", lambda r: r.ttft_ms["p99"], 5.0, over=""),
+    Goal("added latency p50, ms", "zero 128/32 c1 ordinary", lambda r: _added(r, "p50"), 2.0, over=""),
+    Goal("added latency p99, ms", "zero 128/32 c1 ordinary", lambda r: _added(r, "p99"), 5.0, over=""),
     *(
         goal
         for cell in ("prefix prefixes 20/s", "prefix chats 4/s")

@@ -102,7 +102,7 @@ class Tandem(Stack):
             "role": "aggregated",
             "engine": "sim",
             "replicas": self.engines.workers,
-            "engine_args": _sim_args(self.engines),
+            "engine_args": sim_args(self.engines),
         }
         model: dict[str, Any] = {"name": MODEL, "path": MODEL, "max_model_len": 16384, "pools": [pool]}
         model["block_size"] = self.engines.block_size
@@ -143,7 +143,7 @@ class Tandem(Stack):
         return groups
 
 
-def _sim_args(engines: Engines) -> dict[str, Any]:
+def sim_args(engines: Engines) -> dict[str, Any]:
     args: dict[str, Any] = {"kv_blocks": engines.kv_blocks, "max_num_seqs": 512, "max_batched_tokens": 8192}
     if engines.step_s == 0.0:
         return args | {"speedup": 0}
