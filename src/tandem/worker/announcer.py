@@ -21,8 +21,9 @@ from tandem.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-#: Events of this long are sent together.
-GATHER_S = 0.01
+#: Between two updates of the index. The first after a while leaves at once, in the turn that brought the events: the
+#: process is awake, and a timer would wake it once more.
+GATHER_S = 0.02
 #: Blocks in one update of the index.
 BATCH_BLOCKS = 2000
 #: Prompts in a row of which less was cached than the index said.
@@ -46,6 +47,7 @@ class Announcer:
         self.spec = spec
         self._ttl_s = ttl_s
         self._blocks = PublishedBlocks(spec.block_size)
+        self._events: list[KvEvent] = []
         self._add: dict[int, None] = {}
         self._remove: dict[int, None] = {}
         self._wake = asyncio.Event()
@@ -53,6 +55,7 @@ class Announcer:
         self._over_reports = 0
         self._now = now
         self._suspected_at = -SUSPICION_S
+        self._published_at = -GATHER_S
         self.complete = True
         #: Losses of events, and announcements of everything, so far.
         self.gaps = 0
@@ -61,6 +64,12 @@ class Announcer:
     # -- from the engine -------------------------------------------------------------------------------------------
 
     def on_kv_events(self, events: Sequence[KvEvent]) -> None:
+        """Dealt with when they have gathered."""
+        self._events.extend(events)
+        self._wake.set()
+
+    def _take_in(self) -> None:
+        events, self._events = self._events, []
         for event in events:
             match event:
                 case BlocksStored():
@@ -102,7 +111,6 @@ class Announcer:
         for block in add:
             self._remove.pop(block, None)
             self._add[block] = None
-        self._wake.set()
 
     # -- to the store ----------------------------------------------------------------------------------------------
 
@@ -136,8 +144,11 @@ class Announcer:
     async def publish_forever(self) -> None:
         while True:
             await self._wake.wait()
-            await asyncio.sleep(GATHER_S)
+            early_s = self._published_at + GATHER_S - self._now()
+            if early_s > 0.0:
+                await asyncio.sleep(early_s)
             self._wake.clear()
+            self._published_at = self._now()
             try:
                 await self._publish()
             except StoreUnavailable as error:
@@ -147,6 +158,7 @@ class Announcer:
                 self._wake.set()
 
     async def _publish(self) -> None:
+        self._take_in()
         if self._all_again:
             self._all_again = False
             self.announcements += 1
