@@ -21,8 +21,7 @@ from tandem.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-#: Between two updates of the index. The first after a while leaves at once, in the turn that brought the events: the
-#: process is awake, and a timer would wake it once more.
+#: Events of this long are sent together: about two steps of an engine.
 GATHER_S = 0.02
 #: Blocks in one update of the index.
 BATCH_BLOCKS = 2000
@@ -55,7 +54,6 @@ class Announcer:
         self._over_reports = 0
         self._now = now
         self._suspected_at = -SUSPICION_S
-        self._published_at = -GATHER_S
         self.complete = True
         #: Losses of events, and announcements of everything, so far.
         self.gaps = 0
@@ -144,11 +142,8 @@ class Announcer:
     async def publish_forever(self) -> None:
         while True:
             await self._wake.wait()
-            early_s = self._published_at + GATHER_S - self._now()
-            if early_s > 0.0:
-                await asyncio.sleep(early_s)
+            await asyncio.sleep(GATHER_S)
             self._wake.clear()
-            self._published_at = self._now()
             try:
                 await self._publish()
             except StoreUnavailable as error:
