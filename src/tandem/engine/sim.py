@@ -336,6 +336,7 @@ class SimEngine:
                 self._next(loop.call_at(self._end, self._end_step, begin, result))
                 return
             now = self._stepped(begin, result)
+            self._keep(result.outputs)
             if now > breath:
                 self._deliver_kept()
                 self._next(loop.call_soon(self._turn))  # after the delivery: a first token does not wait for the rest
@@ -344,7 +345,8 @@ class SimEngine:
     def _end_step(self, begin: float, result: StepResult) -> None:
         try:
             self._stepped(begin, result)
-            self._deliver_kept()
+            for output in result.outputs:
+                self._deliver(output.sequence.request_id, output)
             self._step()
         except Exception as error:
             self._die(error)
@@ -356,14 +358,16 @@ class SimEngine:
         if result.timing is not None:
             self._timings.append(replace(result.timing, duration_s=max(now - begin, 0.0) / result.steps))
         self._publish(result.events)
+        return now
+
+    def _keep(self, outputs: Sequence[Output]) -> None:
         kept = self._kept
-        for output in result.outputs:
+        for output in outputs:
             request_id = output.sequence.request_id
             before = kept.get(request_id)
             if before is not None:
                 output.tokens = [*before.tokens, *output.tokens]
             kept[request_id] = output
-        return now
 
     def _wait_for_work(self, now: float) -> None:
         loop, expiry = self._loop_(), self._model.next_expiry()

@@ -191,10 +191,11 @@ class Outbox:
         events, self._events = self._events, {}
         batch = bus_pb2.LifecycleEvents(worker=self.ref)
         for key, (phase, output_tokens, cached_tokens, error_code) in events.items():
-            event = batch.events.add(
-                phase=phase, output_tokens=output_tokens, cached_tokens=cached_tokens, error_code=error_code
-            )
-            event.key.id, event.key.attempt, event.key.choice = key  # in place, too
+            event = batch.events.add(phase=phase, output_tokens=output_tokens, cached_tokens=cached_tokens)
+            if error_code:
+                event.error_code = error_code
+            name = event.key  # in place, too
+            name.id, name.attempt, name.choice = key
         self._publish(self._events_subject, batch.SerializeToString(), "")
 
     def _lingered(self) -> None:
