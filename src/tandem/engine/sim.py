@@ -337,6 +337,10 @@ class SimEngine:
                 return
             now = self._stepped(begin, result)
             self._keep(result.outputs)
+            if not self._model.has_work:
+                self._deliver_kept()
+                self._wait_for_work(now)
+                return
             if now > breath:
                 self._deliver_kept()
                 self._next(loop.call_soon(self._turn))  # after the delivery: a first token does not wait for the rest

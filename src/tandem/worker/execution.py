@@ -6,7 +6,7 @@ trusted or does not come, prefill here instead. Whatever fails reaches the front
 and the frontend, who owns the request, submits again.
 
 What comes in one turn of the event loop, assignments or news of the engine, goes through stage by stage and not request
-by request: a stage's code is in the core's caches from the second on (docs/decisions/cold-memory.md).
+by request: a stage's code is in the core's caches from the second on (docs/decisions/stages.md).
 """
 
 from __future__ import annotations
