@@ -109,23 +109,14 @@ class Parser:
 
 def _read_line(line: bytes) -> tuple[int, str, str, int, int]:
     """sid, subject, reply, bytes of the header, bytes of header and payload."""
-    head, _, size = line.rpartition(b" ")
+    fields = line.split()
     try:
-        return *_read_head(head), int(size)
+        size = int(fields.pop())
+        header = int(fields.pop()) if fields[0] == b"HMSG" else 0
+        reply = fields[3].decode() if len(fields) == 4 else ""  # mostly another one each time: not worth remembering
+        return int(fields[2]), fields[1].decode(), reply, header, size
     except (IndexError, ValueError):
-        plain = b" ".join(line.split())  # any white space is legal, and single spaces are what comes
-        if plain != line:
-            return _read_line(plain)
         raise ProtocolError(f"malformed control line {line[:200]!r}") from None
-
-
-@lru_cache(maxsize=1024)  # who writes to whom about what is the same with most messages; the size is not
-def _read_head(head: bytes) -> tuple[int, str, str, int]:
-    fields = head.split()
-    with_header = fields[0] == b"HMSG"
-    header = int(fields.pop()) if with_header else 0
-    reply = fields[3].decode() if len(fields) == 4 else ""
-    return int(fields[2]), fields[1].decode(), reply, header
 
 
 def _control(line: bytes) -> Event | None:

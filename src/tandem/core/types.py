@@ -29,6 +29,8 @@ class Leg(Enum):
 
 
 class FinishReason(Enum):
+    __hash__ = object.__hash__  # as of Leg
+
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"

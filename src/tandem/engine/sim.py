@@ -107,7 +107,7 @@ class SimEngine:
         self._live: dict[str, _Live] = {}
         self._undelivered: list[tuple[Sink, EngineOutput]] = []
         #: By request, of steps that took no time: nothing of them could leave before the loop's turn ends.
-        self._kept: dict[str, list[Output]] = {}
+        self._kept: dict[str, Output] = {}
         self._pulls: dict[str, asyncio.Task[None]] = {}
         self._notices: set[asyncio.Task[None]] = set()
         self._link = Link(self._args.link_bytes_per_s * (self._args.speedup or 1.0))
@@ -336,6 +336,11 @@ class SimEngine:
                 self._next(loop.call_at(self._end, self._end_step, begin, result))
                 return
             now = self._stepped(begin, result)
+            self._keep(result.outputs)
+            if not self._model.has_work:
+                self._deliver_kept()
+                self._wait_for_work(now)
+                return
             if now > breath:
                 self._deliver_kept()
                 self._next(loop.call_soon(self._turn))  # after the delivery: a first token does not wait for the rest
@@ -344,7 +349,8 @@ class SimEngine:
     def _end_step(self, begin: float, result: StepResult) -> None:
         try:
             self._stepped(begin, result)
-            self._deliver_kept()
+            for output in result.outputs:
+                self._deliver(output.sequence.request_id, output)
             self._step()
         except Exception as error:
             self._die(error)
@@ -356,10 +362,16 @@ class SimEngine:
         if result.timing is not None:
             self._timings.append(replace(result.timing, duration_s=max(now - begin, 0.0) / result.steps))
         self._publish(result.events)
-        kept = self._kept
-        for output in result.outputs:
-            kept.setdefault(output.sequence.request_id, []).append(output)
         return now
+
+    def _keep(self, outputs: Sequence[Output]) -> None:
+        kept = self._kept
+        for output in outputs:
+            request_id = output.sequence.request_id
+            before = kept.get(request_id)
+            if before is not None:
+                output.tokens = [*before.tokens, *output.tokens]
+            kept[request_id] = output
 
     def _wait_for_work(self, now: float) -> None:
         loop, expiry = self._loop_(), self._model.next_expiry()
@@ -371,28 +383,25 @@ class SimEngine:
 
     def _deliver_kept(self) -> None:
         kept, self._kept = self._kept, {}
-        for outputs in kept.values():
-            self._deliver(outputs)
+        for request_id, output in kept.items():
+            self._deliver(request_id, output)
 
-    def _deliver(self, outputs: list[Output]) -> None:
-        """``outputs``: of one request, one or more."""
-        last = outputs[-1]
-        request_id = last.sequence.request_id
+    def _deliver(self, request_id: str, output: Output) -> None:
         live = self._live.get(request_id)
         if live is None:  # aborted while this step ran
-            if last.handoff is not None:
-                self._model.release_handoff(last.handoff.handoff_id)
+            if output.handoff is not None:
+                self._model.release_handoff(output.handoff.handoff_id)
             return
         counts = self._counts
-        if last.finish is not None:
+        if output.finish is not None:
             del self._live[request_id]
-            counts.ended[last.finish] += 1
+            counts.ended[output.finish] += 1
         if not live.started:
-            counts.started(len(live.request.prompt), last.sequence.cached_tokens or 0)
+            counts.started(len(live.request.prompt), output.sequence.cached_tokens or 0)
         # Machine words from here on: who keeps them, and the frame that carries them, copy memory.
-        tokens = array("I", last.tokens if len(outputs) == 1 else [t for output in outputs for t in output.tokens])
+        tokens = array("I", output.tokens)
         counts.generated_tokens += len(tokens)
-        live.sink(self._engine_output(tokens, last, live))
+        live.sink(self._engine_output(tokens, output, live))
         live.started = True
 
     def _engine_output(self, tokens: array[int], last: Output, live: _Live) -> EngineOutput:

@@ -21,8 +21,8 @@ from tandem.errors import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-#: Events of this long are sent together.
-GATHER_S = 0.01
+#: Events of this long are sent together: about two steps of an engine.
+GATHER_S = 0.02
 #: Blocks in one update of the index.
 BATCH_BLOCKS = 2000
 #: Prompts in a row of which less was cached than the index said.
@@ -46,6 +46,7 @@ class Announcer:
         self.spec = spec
         self._ttl_s = ttl_s
         self._blocks = PublishedBlocks(spec.block_size)
+        self._events: list[KvEvent] = []
         self._add: dict[int, None] = {}
         self._remove: dict[int, None] = {}
         self._wake = asyncio.Event()
@@ -61,6 +62,12 @@ class Announcer:
     # -- from the engine -------------------------------------------------------------------------------------------
 
     def on_kv_events(self, events: Sequence[KvEvent]) -> None:
+        """Dealt with when they have gathered."""
+        self._events.extend(events)
+        self._wake.set()
+
+    def _take_in(self) -> None:
+        events, self._events = self._events, []
         for event in events:
             match event:
                 case BlocksStored():
@@ -102,7 +109,6 @@ class Announcer:
         for block in add:
             self._remove.pop(block, None)
             self._add[block] = None
-        self._wake.set()
 
     # -- to the store ----------------------------------------------------------------------------------------------
 
@@ -147,6 +153,7 @@ class Announcer:
                 self._wake.set()
 
     async def _publish(self) -> None:
+        self._take_in()
         if self._all_again:
             self._all_again = False
             self.announcements += 1

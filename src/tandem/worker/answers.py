@@ -33,23 +33,22 @@ def end_phase(running: Running) -> bus_pb2.Phase:
     return bus_pb2.PHASE_FINISHED
 
 
-def timings_of(running: Running, worker: str) -> bus_pb2.Timings:
-    """Durations of the decode worker's part, beside what the prefill worker told."""
-    timings = running.timings
-    times = running.token_times
+def add_timings(running: Running, worker: str) -> None:
+    """To its answer: durations of the decode worker's part, beside what the prefill worker told."""
+    timings, times = running.timings, running.token_times
     timings.decode_worker = worker
-    if running.leg == bus_pb2.LEG_LOCAL:
+    local = running.leg == bus_pb2.LEG_LOCAL
+    if local:
         timings.cached_tokens = running.cached_tokens
         timings.computed_tokens = running.isl_tokens - running.cached_tokens
     if times:
-        if running.leg == bus_pb2.LEG_LOCAL:
+        if local:
             timings.prefill_s = times[0] - running.accepted_at
         timings.decode_s = times[-1] - times[0]
         gaps = sorted(map(sub, times[1:], times))
         if gaps:
             timings.itl_p50_s = gaps[len(gaps) // 2]
             timings.itl_p99_s = gaps[int(len(gaps) * 0.99)]
-    return timings
 
 
 def logprobs_update(running: Running, output: EngineOutput) -> bus_pb2.LogprobsUpdate:

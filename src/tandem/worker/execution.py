@@ -4,14 +4,17 @@ One flow for both roles; what differs is which leg the router sends. Prefill leg
 the decode worker named in the assignment. Local leg: do it all. Handoff: claim, pull, decode; when the pull cannot be
 trusted or does not come, prefill here instead. Whatever fails reaches the frontend as a Finish with a typed error,
 and the frontend, who owns the request, submits again.
+
+What comes in one turn of the event loop, assignments or news of the engine, goes through stage by stage and not request
+by request: a stage's code is in the core's caches from the second on (docs/decisions/stages.md).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Coroutine, Iterable
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 from tandem.adapters.bus import Bus
 from tandem.core.blocks import token_ids
@@ -20,6 +23,7 @@ from tandem.engine.protocol import Engine, EngineOutput, EngineRequest, KvHandof
 from tandem.errors import (
     BusUnavailable,
     HandoffFailed,
+    InternalError,
     PayloadTooLarge,
     Refused,
     StaleEpoch,
@@ -29,7 +33,7 @@ from tandem.errors import (
 from tandem.telemetry.propagation import trace_of
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import codec, subjects
-from tandem.worker.answers import abort_finish, end_phase, error_finish, logprobs_update, timings_of
+from tandem.worker.answers import abort_finish, add_timings, end_phase, error_finish, logprobs_update
 from tandem.worker.handoffs import OpenHandoff, OpenHandoffs, Peers
 from tandem.worker.outbox import Outbox
 from tandem.worker.pulls import Pulls
@@ -41,6 +45,15 @@ log = logging.getLogger(__name__)
 Spawn = Callable[[Coroutine[Any, Any, None]], object]
 #: Bytes of sampling parameters that are worth remembering: grammars and biases may have megabytes.
 _SHORT_SAMPLING = 256
+
+
+class Assigned(NamedTuple):
+    """An assignment, read."""
+
+    message: bus_pb2.Assignment
+    submit: bus_pb2.Submit
+    prompt: Sequence[int]
+    sampling: SamplingParams
 
 
 class Execution:
@@ -84,6 +97,9 @@ class Execution:
             failed=lambda reason: self.on_kv_failure(reason),
         )
         self._runs = 0
+        #: What the engine has said in this turn: request, name of the engine's run, news.
+        self._news: list[tuple[Running, str, EngineOutput]] = []
+        outbox.before_flush = self.work_off
         self.epoch = 0
         self.draining = False
         #: (prompt tokens that the index said were cached here, those that were)
@@ -95,20 +111,35 @@ class Execution:
 
     # -- what arrives ----------------------------------------------------------------------------------------------
 
-    def assignment(self, message: bus_pb2.Assignment) -> None:
+    def read(self, message: bus_pb2.Assignment) -> Assigned:
+        """DecodeError, ValueError or InvalidRequest if that is no assignment."""
         submit = bus_pb2.Submit.FromString(message.submit)
-        if message.epoch < self.epoch:
-            return self._refuse(submit, StaleEpoch(f"epoch {message.epoch} is over; {self.epoch} is known"))
-        self.epoch = message.epoch
-        if self.draining:
-            return self._refuse(submit, Refused(f"worker {self._worker} is draining"))
-        running = self._admit(submit, message, message.leg)
-        if running is None:
+        return Assigned(message, submit, token_ids(submit.prompt), _sampling(submit.sampling))
+
+    def assignments(self, came: Sequence[Assigned]) -> None:
+        """All that came in one turn."""
+        taken = [(running, assigned) for assigned in came if (running := self._assigned(assigned)) is not None]
+        requests = [self._request(running, assigned.prompt, assigned.sampling) for running, assigned in taken]
+        for (running, _), request in zip(taken, requests, strict=True):
+            self._submit(running, request)
+        for running, assigned in taken:
+            self._taken(running, others_wait=assigned.message.others_wait)
+
+    def _assigned(self, assigned: Assigned) -> Running | None:
+        message, submit = assigned.message, assigned.submit
+        epoch = message.epoch
+        if epoch < self.epoch:
+            self._refuse(submit, StaleEpoch(f"epoch {epoch} is over; {self.epoch} is known"))
             return None
-        if message.leg == bus_pb2.LEG_PREFILL:
+        self.epoch = epoch
+        if self.draining:
+            self._refuse(submit, Refused(f"worker {self._worker} is draining"))
+            return None
+        running = self._admit(submit, message, message.leg)
+        if running is not None and running.leg == bus_pb2.LEG_PREFILL:
             running.peer = message.decode.id
-            return self._submit(running, produce=message)
-        return self._submit(running)
+            running.produces = message
+        return running
 
     def handoff(self, message: bus_pb2.Handoff) -> None:
         submit = bus_pb2.Submit.FromString(message.assignment.submit)
@@ -122,6 +153,7 @@ class Execution:
         running.peer = message.prefill.id
         running.pulls = True
         running.timings.CopyFrom(message.timings)
+        self._taken(running, others_wait=message.assignment.others_wait)
         self._pulls.take(running, message.prefill, kv)
 
     def repair(self, message: bus_pb2.Repair) -> None:
@@ -154,7 +186,7 @@ class Execution:
         found = self._table.fence(request_id, max_attempt, choice, self._now())
         for running in found:
             if self._pulls.is_claiming(running):
-                self._end(running, abort_finish(running.rid), self._now())
+                self._give_up(running, abort_finish(running.rid))
             else:
                 self._engine.abort(running.engine_id)
         self._handoffs.cancel(request_id, max_attempt, choice)
@@ -168,7 +200,7 @@ class Execution:
                 self.on_kv_failure("tainted")
                 log.error("%s: %s (trace %s)", running.engine_id, error.message, trace_of(running.submit.traceparent))
                 self._engine.abort(running.engine_id)
-                self._end(running, error_finish(running.rid, error), self._now())
+                self._give_up(running, error_finish(running.rid, error))
         self._spawn(self._engine.reset_prefix_cache())
 
     def warn_peers(self) -> None:
@@ -228,6 +260,7 @@ class Execution:
             predicted_cached_tokens=assignment.predicted_cached_tokens,
             priority=assignment.priority,
         )
+        running.answer.rid = running.rid
         running.timings.queue_s = assignment.queued_s
         if not self._table.admit(running):
             log.debug("dropped a repeated or cancelled request %s", running.engine_id)
@@ -236,55 +269,101 @@ class Execution:
                 self._event(running, bus_pb2.PHASE_ABORTED)
             return None
         running.stay = self._traces.admitted(submit.traceparent)
-        self._outbox.hurry(assignment.others_wait)
-        self._outbox.placed(submit.frontend, submit.rid, leg)
-        self._event(running, bus_pb2.PHASE_ACCEPTED)
         return running
+
+    def _taken(self, running: Running, *, others_wait: bool) -> None:
+        self._outbox.hurry(others_wait)
+        self._outbox.placed(running.frontend, running.rid, running.leg)
+        self._event(running, bus_pb2.PHASE_ACCEPTED)
 
     def _new_engine_id(self, key: RequestKey) -> str:
         self._runs += 1
         return f"{key.id}.{key.attempt}.{key.choice}.{self._runs}"
 
-    def _submit(
+    def _request(
         self,
         running: Running,
-        *,
-        produce: bus_pb2.Assignment | None = None,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
         handoff: KvHandoff | None = None,
         handoff_valid_s: float | None = None,
-    ) -> None:
+    ) -> EngineRequest:
         submit = running.submit
-        engine_id = running.engine_id
-
-        def sink(output: EngineOutput) -> None:
-            # A run that was given up for another one has nothing more to say.
-            if running.finish is None and running.engine_id == engine_id:
-                if produce is not None:
-                    self._prefill_output(running, produce, output)
-                else:
-                    self._output(running, output)
-
-        self._engine.submit(
-            EngineRequest(
-                request_id=engine_id,
-                prompt=token_ids(submit.prompt),
-                sampling=_sampling(submit.sampling),
-                priority=running.priority,
-                cache_salt=submit.cache_salt,
-                lora=submit.lora,
-                produce_handoff=produce is not None,
-                handoff=handoff,
-                handoff_valid_s=handoff_valid_s,
-                traceparent=self._traces.below(running.stay, handed_over=produce is not None),
-                embed=submit.embed,
-            ),
-            sink,
+        produces = running.produces is not None
+        return EngineRequest(
+            request_id=running.engine_id,
+            prompt=prompt,
+            sampling=sampling,
+            priority=running.priority,
+            cache_salt=submit.cache_salt,
+            lora=submit.lora,
+            produce_handoff=produces,
+            handoff=handoff,
+            handoff_valid_s=handoff_valid_s,
+            traceparent=self._traces.below(running.stay, handed_over=produces),
+            embed=running.embed,
         )
 
-    def _output(self, running: Running, output: EngineOutput) -> None:
+    def _submit(self, running: Running, request: EngineRequest) -> None:
+        try:
+            self._engine.submit(request, partial(self._hear, running, running.engine_id))
+        except Exception as error:  # one request's defect must not take those that came with it
+            log.exception("%s could not be given to the engine", running.engine_id)
+            self._give_up(running, error_finish(running.rid, InternalError(repr(error))))
+
+    def _give(self, running: Running, handoff: KvHandoff | None = None, valid_s: float | None = None) -> None:
+        prompt, sampling = token_ids(running.submit.prompt), _sampling(running.submit.sampling)
+        self._submit(running, self._request(running, prompt, sampling, handoff, valid_s))
+
+    def _hear(self, running: Running, engine_id: str, output: EngineOutput) -> None:
+        """News of the engine: dealt with when it has said all that it says in this turn."""
+        if not self._news:
+            self._outbox.soon()
+        self._news.append((running, engine_id, output))
+
+    def work_off(self) -> None:
+        """Deals with the engine's news so far. A defect in here ends the process, as that of the engine does: news are
+        lost, and the requests are better run elsewhere."""
+        if self._news:
+            try:
+                self._work_off()
+            except Exception as error:
+                self._spawn(_fail(error))
+
+    def _work_off(self) -> None:
+        news, self._news = self._news, []
         now = self._now()
-        if isinstance(output.error, HandoffFailed) and self._pulls.news(running):
-            return  # without a token: what becomes of it is the pull's to say
+        ended: list[tuple[Running, EngineOutput]] = []
+        handed_over: list[tuple[Running, KvHandoff]] = []
+        for running, engine_id, output in news:
+            if running.finish is not None or running.engine_id != engine_id:
+                continue  # a run that was given up for another one has nothing more to say
+            if isinstance(output.error, HandoffFailed) and self._pulls.news(running):
+                continue  # without a token: what becomes of it is the pull's to say
+            if running.produces is not None:
+                if output.cached_tokens is not None:
+                    running.cached_tokens = output.cached_tokens
+            elif running.tokens and output.token_ids and output.logprobs is None:
+                self._tokens(running, output.token_ids, now)  # as after most steps
+            else:
+                self._output(running, output, now)
+            if output.handoff is not None:
+                handed_over.append((running, output.handoff))
+            elif output.finish is not None:
+                ended.append((running, output))
+        if ended:
+            self._finish(ended, now)
+        for running, handoff in handed_over:
+            self._hand_over(running, handoff, now)
+
+    def _tokens(self, running: Running, token_ids: Sequence[int], now: float) -> None:
+        tokens = running.tokens
+        self._outbox.tokens(running.frontend, running.rid, len(tokens), token_ids)
+        tokens.extend(token_ids)
+        running.token_times.append(now)
+
+    def _output(self, running: Running, output: EngineOutput, now: float) -> None:
+        """Its first token, what comes with that only, and what is rare."""
         if output.cached_tokens is not None:
             running.cached_tokens = output.cached_tokens
         if output.transferred_bytes:
@@ -296,61 +375,67 @@ class Execution:
         if output.logprobs is not None or output.prompt_logprobs is not None:
             self._outbox.logprobs(running.frontend, logprobs_update(running, output))
         if output.token_ids:
-            if not running.tokens:
-                self._first_token(running)
-            self._outbox.tokens(running.frontend, running.rid, len(running.tokens), output.token_ids)
-            running.tokens.extend(output.token_ids)
-            running.token_times.append(now)
-        if output.finish is not None:
-            self._finish(running, output, now)
+            first = not running.tokens
+            self._tokens(running, output.token_ids, now)
+            if first:
+                self._first_token(running, ended=output.finish is not None)
 
-    def _first_token(self, running: Running) -> None:
-        self._pulls.news(running)
-        self._event(running, bus_pb2.PHASE_DECODING)
+    def _first_token(self, running: Running, *, ended: bool) -> None:
+        if running.pulls:
+            self._pulls.news(running)
+        if not ended:  # that says it, too
+            self._event(running, bus_pb2.PHASE_DECODING)
         if running.leg == bus_pb2.LEG_LOCAL:
             self.on_cached(running.predicted_cached_tokens, running.cached_tokens)
 
-    def _finish(self, running: Running, output: EngineOutput, now: float) -> None:
-        assert output.finish is not None
-        finish = bus_pb2.Finish(
-            rid=running.rid,
-            reason=codec.finish_to_wire(output.finish),
-            stop_token_id=output.stop_token_id,
-            output_tokens=len(running.tokens),
-            cached_tokens=running.cached_tokens,
-            timings=timings_of(running, self._worker),
-            embedding=output.embedding,
-        )
-        if output.error is not None:
-            finish.error.CopyFrom(codec.error_to_wire(output.error))
-        self._end(running, finish, now)
+    def _finish(self, ended: Sequence[tuple[Running, EngineOutput]], now: float) -> None:
+        for running, output in ended:
+            assert output.finish is not None
+            answer = running.answer
+            answer.reason = codec.finish_to_wire(output.finish)
+            answer.output_tokens = len(running.tokens)
+            answer.cached_tokens = running.cached_tokens
+            if output.stop_token_id is not None:
+                answer.stop_token_id = output.stop_token_id
+            if output.embedding:
+                answer.embedding = output.embedding
+            if output.error is not None:
+                answer.error.CopyFrom(codec.error_to_wire(output.error))
+        self._end([running for running, _ in ended], now)
 
-    def _end(self, running: Running, finish: bus_pb2.Finish, now: float) -> None:
-        if not finish.HasField("timings"):
-            finish.timings.CopyFrom(timings_of(running, self._worker))
-        running.timings = finish.timings  # which is kept: one message less per request of the last half minute
-        self._table.finished(running, finish, now)
-        self._traces.ended(running)
-        self._outbox.finish(running.frontend, finish)
-        self._event(running, end_phase(running))
-        self.on_end(running)
-        self._pulls.news(running)
+    def _give_up(self, running: Running, finish: bus_pb2.Finish) -> None:
+        """It ends with ``finish``, whatever the engine does."""
+        running.answer.MergeFrom(finish)
+        self._end([running], self._now())
+
+    def _end(self, ended: Sequence[Running], now: float) -> None:
+        """Each of them has its answer, but for the timings."""
+        for running in ended:
+            add_timings(running, self._worker)
+        for running in ended:
+            self._table.finished(running, running.answer, now)
+        for running in ended:
+            self._traces.ended(running)
+        for running in ended:
+            self._outbox.finish(running.frontend, running.answer)
+            self._event(running, end_phase(running))
+        for running in ended:
+            self.on_end(running)
+        for running in ended:
+            if running.pulls:
+                self._pulls.news(running)
 
     # -- the prefill leg -------------------------------------------------------------------------------------------
 
-    def _prefill_output(self, running: Running, assignment: bus_pb2.Assignment, output: EngineOutput) -> None:
-        if output.cached_tokens is not None:
-            running.cached_tokens = output.cached_tokens
-        if output.finish is None:
-            return
-        if output.handoff is None:
-            return self._finish(running, output, self._now())
-        now = self._now()
-        running.timings.prefill_s = now - running.accepted_at
-        running.timings.cached_tokens = running.cached_tokens
-        running.timings.computed_tokens = running.isl_tokens - running.cached_tokens
-        running.timings.prefill_worker = self._worker
-        running.timings.decode_worker = assignment.decode.id
+    def _hand_over(self, running: Running, handoff: KvHandoff, now: float) -> None:
+        assignment = running.produces
+        assert assignment is not None
+        timings = running.timings
+        timings.prefill_s = now - running.accepted_at
+        timings.cached_tokens = running.cached_tokens
+        timings.computed_tokens = running.isl_tokens - running.cached_tokens
+        timings.prefill_worker = self._worker
+        timings.decode_worker = assignment.decode.id
         # For this worker the request ends here; the frontend hears the rest from the decode worker.
         running.handed_over = True
         self._table.finished(running, bus_pb2.Finish(rid=running.rid), now)
@@ -362,16 +447,16 @@ class Execution:
             assignment=assignment,
             prefill=self._outbox.ref,
             kv=bus_pb2.KvHandoff(
-                handoff_id=output.handoff.handoff_id,
-                engine_id=output.handoff.engine_id,
-                num_tokens=output.handoff.num_tokens,
-                params=output.handoff.params,
+                handoff_id=handoff.handoff_id,
+                engine_id=handoff.engine_id,
+                num_tokens=handoff.num_tokens,
+                params=handoff.params,
             ),
-            timings=running.timings,
+            timings=timings,
         )
         entry = OpenHandoff(running.key, message, now)
         self._handoffs.opened(entry)
-        self._send_handoff(output.handoff.handoff_id, entry)
+        self._send_handoff(handoff.handoff_id, entry)
 
     def _send_handoff(self, handoff_id: str, entry: OpenHandoff) -> None:
         message = bus_pb2.WorkerMessage(handoff=entry.message)
@@ -390,19 +475,19 @@ class Execution:
     def _decode_from(self, running: Running, kv: KvHandoff, valid_s: float) -> None:
         if running.stay is not None:
             running.stay.claimed_s = self._now()
-        self._submit(running, handoff=kv, handoff_valid_s=valid_s)
+        self._give(running, kv, valid_s)
 
     def _prefill_here(self, running: Running, why: str) -> None:
         given_up = running.engine_id
         self._engine.abort(given_up)
         if self._table.is_fenced(running.key):
-            return self._end(running, abort_finish(running.rid), self._now())
+            return self._give_up(running, abort_finish(running.rid))
         log.warning("%s: %s; prefilling here (trace %s)", given_up, why, trace_of(running.submit.traceparent))
         self._traces.fell_back(running, why)
         running.engine_id = self._new_engine_id(running.key)
         running.leg = bus_pb2.LEG_LOCAL
         running.predicted_cached_tokens = 0  # that was of the prefill worker
-        return self._submit(running)
+        return self._give(running)
 
     # -- saying it -------------------------------------------------------------------------------------------------
 
@@ -433,6 +518,10 @@ class Execution:
             cached_tokens=running.cached_tokens,
             error_code=error_code,
         )
+
+
+async def _fail(error: Exception) -> None:
+    raise error
 
 
 def _sampling(wire: types_pb2.SamplingParams) -> SamplingParams:

@@ -47,25 +47,18 @@ class Loop(Protocol):
     def time(self) -> float: ...
 
 
-class _Run:
-    """Tokens of one request that follow each other: a row of a frame, however many steps they are of."""
-
-    __slots__ = ("rid", "seq", "tokens")
-
-    def __init__(self, rid: int, seq: int, tokens: Sequence[int]) -> None:
-        self.rid = rid
-        self.seq = seq
-        self.tokens = array("I", tokens)
-
-
 class _Frame:
-    __slots__ = ("finishes", "logprobs", "placed", "rejects", "runs", "unfinished")
+    """Of each request one row, however many steps its tokens are of: they follow each other."""
+
+    __slots__ = ("finishes", "logprobs", "placed", "rejects", "rids", "rows", "seqs", "tokens")
 
     def __init__(self) -> None:
-        self.runs: list[_Run] = []
-        #: The last run of each request.
-        self.unfinished: dict[int, _Run] = {}
-        self.placed: list[bus_pb2.Placed] = []
+        self.rids: list[int] = []
+        self.seqs: list[int] = []
+        self.tokens: list[array[int]] = []
+        #: The last row of each request.
+        self.rows: dict[int, int] = {}
+        self.placed: list[tuple[int, bus_pb2.Leg]] = []
         self.finishes: list[bus_pb2.Finish] = []
         self.rejects: list[bus_pb2.Reject] = []
         self.logprobs: list[bus_pb2.LogprobsUpdate] = []
@@ -100,19 +93,23 @@ class Outbox:
         self._scheduled = False
         self._lingering: Cancellable | None = None
         self.dropped = 0
+        #: Has more to say, of what has come in this turn.
+        self.before_flush: Callable[[], None] = lambda: None
 
     def tokens(self, frontend: str, rid: int, seq: int, token_ids: Sequence[int]) -> None:
         frame = self._urgent(frontend)
-        run = frame.unfinished.get(rid)
-        if run is not None and run.seq + len(run.tokens) == seq:
-            run.tokens.extend(token_ids)
+        row = frame.rows.get(rid)
+        if row is not None and frame.seqs[row] + len(frame.tokens[row]) == seq:
+            frame.tokens[row] += array("I", token_ids)
         else:
-            run = frame.unfinished[rid] = _Run(rid, seq, token_ids)
-            frame.runs.append(run)
+            frame.rows[rid] = len(frame.rids)
+            frame.rids.append(rid)
+            frame.seqs.append(seq)
+            frame.tokens.append(array("I", token_ids))
 
     def placed(self, frontend: str, rid: int, leg: bus_pb2.Leg) -> None:
         """Not urgent."""
-        self._frame(frontend).placed.append(bus_pb2.Placed(rid=rid, leg=leg))
+        self._frame(frontend).placed.append((rid, leg))
         if not self._scheduled and self._lingering is None:
             self._lingering = self._loop.call_later(LINGER_S, self._lingered)
 
@@ -125,7 +122,7 @@ class Outbox:
     def logprobs(self, frontend: str, update: bus_pb2.LogprobsUpdate) -> None:
         frame = self._urgent(frontend)
         frame.logprobs.append(update)
-        frame.unfinished.pop(update.rid, None)  # the tokens that these belong to are a run of their own
+        frame.rows.pop(update.rid, None)  # the tokens that these belong to are a row of their own
 
     def event(
         self,
@@ -143,7 +140,7 @@ class Outbox:
             self._events[key] = (phase, output_tokens, cached_tokens, error_code)
         if phase not in _UNHURRIED or (self._others_wait and phase in _TELLING):
             self._events_due = -math.inf
-            self._soon()
+            self.soon()
         elif self._lingering is None:
             self._lingering = self._loop.call_later(LINGER_S, self._lingered)
 
@@ -152,7 +149,7 @@ class Outbox:
         self._others_wait = others_wait
         if others_wait and self._events:
             self._events_due = -math.inf
-            self._soon()
+            self.soon()
 
     def tell_now(self) -> None:
         """All of it. For who says something that the router would understand otherwise without it: a load report shows
@@ -162,20 +159,23 @@ class Outbox:
 
     def flush(self) -> None:
         """All that is due."""
+        self._scheduled = True  # what is said now goes along
+        self.before_flush()
         self._scheduled = False
         frames, self._frames = self._frames, {}
         for frontend, frame in frames.items():
             message = bus_pb2.TokenFrame(
                 worker=self.ref,
-                rids=[run.rid for run in frame.runs],
-                seqs=[run.seq for run in frame.runs],
-                counts=[len(run.tokens) for run in frame.runs],
-                tokens=b"".join([run.tokens.tobytes() for run in frame.runs]),
-                placed=frame.placed,
+                rids=frame.rids,
+                seqs=frame.seqs,
+                counts=map(len, frame.tokens),
+                tokens=b"".join(frame.tokens),
                 finishes=frame.finishes,
                 rejects=frame.rejects,
                 logprobs=frame.logprobs,
             )
+            for rid, leg in frame.placed:
+                message.placed.add(rid=rid, leg=leg)  # in place: a message given to another is copied
             self._publish(
                 subjects.tokens(self._cluster, frontend),
                 message.SerializeToString(),
@@ -191,10 +191,11 @@ class Outbox:
         events, self._events = self._events, {}
         batch = bus_pb2.LifecycleEvents(worker=self.ref)
         for key, (phase, output_tokens, cached_tokens, error_code) in events.items():
-            event = batch.events.add(
-                phase=phase, output_tokens=output_tokens, cached_tokens=cached_tokens, error_code=error_code
-            )
-            event.key.id, event.key.attempt, event.key.choice = key  # in place: a message given to ``add`` is copied
+            event = batch.events.add(phase=phase, output_tokens=output_tokens, cached_tokens=cached_tokens)
+            if error_code:
+                event.error_code = error_code
+            name = event.key  # in place, too
+            name.id, name.attempt, name.choice = key
         self._publish(self._events_subject, batch.SerializeToString(), "")
 
     def _lingered(self) -> None:
@@ -215,10 +216,11 @@ class Outbox:
         return frame
 
     def _urgent(self, frontend: str) -> _Frame:
-        self._soon()
+        self.soon()
         return self._frame(frontend)
 
-    def _soon(self) -> None:
+    def soon(self) -> None:
+        """All that is due leaves at the end of this turn."""
         if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self.flush)

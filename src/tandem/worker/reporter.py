@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 
 from tandem.adapters.bus import Bus
-from tandem.engine.protocol import Engine
+from tandem.engine.protocol import Engine, EngineStats
 from tandem.errors import BusUnavailable
 from tandem.v1 import bus_pb2
 from tandem.wire import codec, subjects
@@ -51,9 +51,10 @@ class Reporter:
         self._late_reads = 0
         self._told_after = bus.reconnected_at
 
-    def report(self, *, with_steps: bool = False) -> bus_pb2.LoadReport:
-        """``with_steps`` hands the step timings out; they are given once."""
-        stats = self._engine.stats()
+    def report(self, stats: EngineStats | None = None, *, with_steps: bool = False) -> bus_pb2.LoadReport:
+        """``stats``: the engine's of now, where they are at hand. ``with_steps`` hands the step timings out; they are
+        given once."""
+        stats = stats or self._engine.stats()
         spec = self._announcer.spec
         report = bus_pb2.LoadReport(
             worker=self._outbox.ref,
@@ -75,7 +76,14 @@ class Reporter:
             index_complete=self._announcer.complete,
         )
         if with_steps:
-            report.step_timings.extend(codec.step_to_wire(step) for step in self._engine.take_step_timings())
+            for step in self._engine.take_step_timings():
+                report.step_timings.add(  # in place: a message given to another is copied
+                    duration_s=step.duration_s,
+                    prefill_tokens=step.prefill_tokens,
+                    prefill_context_tokens=step.prefill_context_tokens,
+                    decode_sequences=step.decode_sequences,
+                    kv_tokens=step.kv_tokens,
+                )
         return report
 
     async def report_forever(self, interval_s: float) -> None:
@@ -84,17 +92,18 @@ class Reporter:
             now = self._now()
             self._table.sweep(now)
             self._handoffs.sweep(now)
-            self._look_for_late_reads()
+            stats = self._engine.stats()
+            self._look_for_late_reads(stats)
             self._tell_again_after_reconnect(now)
             self._seq += 1
             self._outbox.tell_now()
             try:
-                self._bus.publish(self._subject, self.report(with_steps=True).SerializeToString())
+                self._bus.publish(self._subject, self.report(stats, with_steps=True).SerializeToString())
             except BusUnavailable as error:
                 log.warning("load report not sent: %s", error)
 
-    def _look_for_late_reads(self) -> None:
-        late = self._engine.stats().reads_after_expiry
+    def _look_for_late_reads(self, stats: EngineStats) -> None:
+        late = stats.reads_after_expiry
         if late > self._late_reads:
             self._execution.warn_peers()
         self._late_reads = late

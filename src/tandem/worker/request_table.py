@@ -48,11 +48,18 @@ class Running(Struct, eq=False):
     handed_over: bool = False
     #: Worker that the KV comes from (on a decode worker) or goes to (on a prefill worker).
     peer: str = ""
-    timings: bus_pb2.Timings = field(default_factory=bus_pb2.Timings)
+    #: Its finish, filled as things become known; ``finish`` is this from its end on.
+    answer: bus_pb2.Finish = field(default_factory=bus_pb2.Finish)
+    #: The assignment, where the prompt is computed for another worker.
+    produces: bus_pb2.Assignment | None = None
     #: Its KV comes, or was to come, from ``peer``.
     pulls: bool = False
     #: What only its trace needs; None = it is not traced.
     stay: Stay | None = None
+
+    @property
+    def timings(self) -> bus_pb2.Timings:
+        return self.answer.timings
 
 
 class RequestTable:
@@ -115,6 +122,7 @@ class RequestTable:
         # Repair needs the tokens only, and the prompt is most of what would be kept. A parsed message gives its memory
         # back as a whole: clearing its fields would free nothing.
         request.submit = _NO_SUBMIT
+        request.produces = None
         self.running -= 1
         self._finished.append((now, request.key))
 
