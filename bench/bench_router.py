@@ -144,7 +144,7 @@ class Driver:
                 prompt=bytes(4 * PROMPT_TOKENS), block_hashes=hashes,
                 sampling=types_pb2.SamplingParams(max_tokens=OUTPUT_TOKENS),
             )  # fmt: skip
-            made.append((key.id, submit.SerializeToString()))
+            made.append((key.id, bus_pb2.Submits(submits=[submit.SerializeToString()]).SerializeToString()))
         return made
 
     async def run(self, rate: float, seconds: float) -> None:
@@ -176,10 +176,10 @@ class Driver:
             self._send(request)
 
     def _send(self, request: tuple[str, bytes]) -> None:
-        key, submit = request
+        key, submits = request
         self._sent[key] = time.perf_counter()
         subject, reply = subjects.requests(CLUSTER, MODEL, self._router), subjects.tokens(CLUSTER, FRONTEND)
-        self._bus.publish(subject, submit, reply)
+        self._bus.publish(subject, submits, reply)
 
     def _tell(self) -> None:
         """What has ended since."""

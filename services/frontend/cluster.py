@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from services.frontend.effects import Abandon, AskAgain, Deliver, Effect, Ended, Opened, Restarted, Submit
-from services.frontend.journey import Journey
+from services.frontend.journey import Journey, State
 from services.frontend.leaders import Leaders
 from services.frontend.order import Consumer, Order, Patience
 from services.frontend.request_table import RequestTable
@@ -27,8 +27,26 @@ log = logging.getLogger(__name__)
 SWEEP_S = 0.1
 #: For this long after a reconnect of the bus, peers that live may not be back yet (seen: 1.5 s).
 SETTLING_S = 3.0
+#: Of several Submits in one message; one alone may have as many as the bus carries.
+MOST_BYTES = 128 << 10
 #: No sweep for so long: this process was stopped, or its machine was.
 STOPPED_S = 1.0
+
+
+class _Batch:
+    """What leaves for one router in one message."""
+
+    __slots__ = ("journeys", "messages", "size")
+
+    def __init__(self) -> None:
+        self.journeys: list[Journey] = []
+        self.messages: list[bytes] = []
+        self.size = 0
+
+    def add(self, journey: Journey, message: bytes) -> None:
+        self.journeys.append(journey)
+        self.messages.append(message)
+        self.size += len(message)
 
 
 class Cluster:
@@ -49,6 +67,7 @@ class Cluster:
         self._table = RequestTable(Leaders(), self._patience)
         self._subscriptions: list[Subscription] = []
         self._performing = False
+        self._to_submit: dict[Journey, None] = {}
         self._connected_at = self._first_connected_at = 0.0
         self._gone_since: float | None = None
         self._swept_at = now()
@@ -95,7 +114,7 @@ class Cluster:
     # -- requests --------------------------------------------------------------------------------------------------
 
     def begin(self, order: Order, consumer: Consumer) -> Journey:
-        """``consumer`` hears of it from now on, first within this very call where it fails at once."""
+        """``consumer`` hears of it from now on."""
         journey = self._table.begin(order, consumer, self._now())
         self._perform()
         return journey
@@ -188,7 +207,7 @@ class Cluster:
             case Deliver():
                 journey.consumer.tokens(effect.tokens, effect.positions, effect.prompt_positions)
             case Submit():
-                self._submit(journey)
+                self._submit_soon(journey)
             case Opened():
                 journey.consumer.opened()
             case Ended():
@@ -201,17 +220,43 @@ class Cluster:
             case Restarted():
                 journey.consumer.restarted()
 
-    def _submit(self, journey: Journey) -> None:
-        leader = journey.leader
-        assert leader is not None
+    def _submit_soon(self, journey: Journey) -> None:
+        """With what else this turn brings: a message less is one less to send, to carry and to be woken by."""
+        if not self._to_submit:
+            asyncio.get_running_loop().call_soon(self._submit_all)
+        self._to_submit[journey] = None
+
+    def _submit_all(self) -> None:
+        journeys, self._to_submit = self._to_submit, {}
+        now = self._now()
+        batches: dict[tuple[str, str], _Batch] = {}
+        for journey in journeys:
+            leader = journey.leader
+            if journey.state is not State.SUBMITTED or leader is None:
+                continue  # it has ended since, or will be submitted again
+            to = journey.order.model, leader.router
+            batch = batches.get(to)
+            message = submit_message(journey, frontend=self._instance, now=now)
+            if batch is not None and batch.size + len(message) > MOST_BYTES:
+                self._publish_batch(*to, batches.pop(to))
+                batch = None
+            if batch is None:
+                batch = batches[to] = _Batch()
+            batch.add(journey, message)
+        for to, batch in batches.items():
+            self._publish_batch(*to, batch)
+        self._perform()  # what was refused
+
+    def _publish_batch(self, model: str, router: str, batch: _Batch) -> None:
         try:
             self._bus.publish(
-                subjects.requests(self._cluster, journey.order.model, leader.router),
-                submit_message(journey, frontend=self._instance, now=self._now()),
-                subjects.bounce_of(self._cluster, self._instance, "router:" + leader.router),
+                subjects.requests(self._cluster, model, router),
+                bus_pb2.Submits(submits=batch.messages).SerializeToString(),
+                subjects.bounce_of(self._cluster, self._instance, "router:" + router),
             )
         except TandemError as error:  # too large for the bus, or its buffer is full
-            journey.refuse(error)
+            for journey in batch.journeys:
+                journey.refuse(error)
 
     def _ask(self, question: AskAgain) -> None:
         order, journey = question.journey.order, question.journey

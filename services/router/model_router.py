@@ -142,7 +142,7 @@ class ModelRouter:
         bus = self._bus
         try:
             async with asyncio.TaskGroup() as tasks:
-                await bus.subscribe(subjects.requests(self._cluster, self.model, self._router), self._on_submit)
+                await bus.subscribe(subjects.requests(self._cluster, self.model, self._router), self._on_submits)
                 await bus.subscribe(subjects.aborts(self._cluster, self.model), self._on_abort)
                 await bus.subscribe(subjects.events(self._cluster, self.model), self._on_events)
                 await bus.subscribe(subjects.all_loads(self._cluster), self._on_load)
@@ -178,8 +178,12 @@ class ModelRouter:
 
     # -- from frontends --------------------------------------------------------------------------------------------
 
-    def _on_submit(self, message: Message) -> None:
-        submit = bus_pb2.Submit.FromString(message.data)
+    def _on_submits(self, message: Message) -> None:
+        for data in bus_pb2.Submits.FromString(message.data).submits:
+            self._on_submit(data)
+
+    def _on_submit(self, data: bytes) -> None:
+        submit = bus_pb2.Submit.FromString(data)
         if not self.leadership.epoch:
             return self._reject(submit.frontend, submit.rid, NoLeader(f"{self._router} does not lead {self.model}"))
         now = self._now()
@@ -188,7 +192,7 @@ class ModelRouter:
         if key in self._submitted or self._fences.holds(key):
             return None  # delivered twice: the first answer stands; or nobody waits for one
         stay = self._traces.arrived(submit.traceparent, request)
-        self._submitted[key] = _Submitted(message.data, submit.frontend, submit.rid, now, stay)
+        self._submitted[key] = _Submitted(data, submit.frontend, submit.rid, now, stay)
         self._looking.add(key)
         if not self._arrived:
             self._loop.call_soon(self._look_up)

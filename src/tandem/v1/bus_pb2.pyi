@@ -36,6 +36,12 @@ PHASE_FAILED: Phase
 PHASE_ABORTED: Phase
 PHASE_UNKNOWN: Phase
 
+class Submits(_message.Message):
+    __slots__ = ("submits",)
+    SUBMITS_FIELD_NUMBER: _ClassVar[int]
+    submits: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, submits: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
 class Submit(_message.Message):
     __slots__ = ("key", "model", "frontend", "rid", "tenant", "request_class", "timeout_ms", "ttft_slo_ms", "waited_ms", "isl_tokens", "prompt", "block_hashes", "sampling", "lora", "cache_salt", "traceparent", "avoid_workers", "local_only", "embed")
     KEY_FIELD_NUMBER: _ClassVar[int]

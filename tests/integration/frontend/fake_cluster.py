@@ -50,7 +50,7 @@ class FakeCluster:
     async def serving(self) -> AsyncIterator[FakeCluster]:
         subscribe = self._bus.subscribe
         self.subscriptions = [
-            await subscribe(subjects.requests(self._cluster, self._model, self._router), self._on_submit),
+            await subscribe(subjects.requests(self._cluster, self._model, self._router), self._on_submits),
             await subscribe(subjects.work(self._cluster, "worker"), self._on_work),
             await subscribe(subjects.aborts(self._cluster, self._model), self._on_abort),
         ]
@@ -67,7 +67,7 @@ class FakeCluster:
         """Another router, with a higher epoch."""
         self._router, self._epoch = f"router-{self._epoch + 1}", self._epoch + 1
         subject = subjects.requests(self._cluster, self._model, self._router)
-        self.subscriptions.append(await self._bus.subscribe(subject, self._on_submit))
+        self.subscriptions.append(await self._bus.subscribe(subject, self._on_submits))
         self.announcing = True
 
     def fail_running(self, error: TandemError) -> None:
@@ -94,8 +94,11 @@ class FakeCluster:
                 self._bus.publish(subjects.leader(self._cluster, self._model), message.SerializeToString())
             await asyncio.sleep(0.1)
 
-    def _on_submit(self, message: Message) -> None:
-        submit = bus_pb2.Submit.FromString(message.data)
+    def _on_submits(self, message: Message) -> None:
+        for data in bus_pb2.Submits.FromString(message.data).submits:
+            self._on_submit(bus_pb2.Submit.FromString(data))
+
+    def _on_submit(self, submit: bus_pb2.Submit) -> None:
         self.submits.append(submit)
         if self.holding:
             return

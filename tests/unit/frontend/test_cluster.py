@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from services.frontend.cluster import STOPPED_S, Cluster
+from services.frontend.cluster import MOST_BYTES, STOPPED_S, Cluster
 from services.frontend.order import Consumer, Order
 from tandem.adapters import clock
 from tandem.adapters.bus import Message
 from tandem.adapters.memory_bus import MemoryBus, MemoryHub
 from tandem.core.blocks import token_bytes
 from tandem.core.types import SamplingParams
-from tandem.errors import UnknownRequest
+from tandem.errors import BusUnavailable, UnknownRequest
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import codec, subjects
 
@@ -25,6 +25,8 @@ class World:
     hub: MemoryHub = field(default_factory=MemoryHub)
     ahead_s: float = 0.0
     submits: list[bus_pb2.Submit] = field(default_factory=list)
+    #: Ids of the requests that came together, of each message.
+    messages: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bus = MemoryBus(self.hub)
@@ -35,11 +37,13 @@ class World:
 
     async def open(self) -> None:
         await self.cluster.open()
-        await self.bus.subscribe(subjects.requests("c", "m", "r"), self._on_submit)
+        await self.bus.subscribe(subjects.requests("c", "m", "r"), self._on_submits)
         await self.announce()
 
-    def _on_submit(self, message: Message) -> None:
-        self.submits.append(bus_pb2.Submit.FromString(message.data))
+    def _on_submits(self, message: Message) -> None:
+        came = [bus_pb2.Submit.FromString(data) for data in bus_pb2.Submits.FromString(message.data).submits]
+        self.submits += came
+        self.messages.append([submit.key.id for submit in came])
 
     async def announce(self) -> None:
         said = bus_pb2.LeaderAnnouncement(model="m", router="r", epoch=5)
@@ -53,14 +57,20 @@ class World:
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
-    async def begin(self) -> None:
-        order = Order(
-            id="q", model="m", prompt=token_bytes([1, 2, 3]), sampling=SamplingParams(max_tokens=5),
+    def order(self, id: str = "q", prompt_tokens: int = 3) -> Order:
+        return Order(
+            id=id, model="m", prompt=token_bytes(range(prompt_tokens)), sampling=SamplingParams(max_tokens=5),
             arrival_s=self.now(), deadline_s=self.now() + 100.0,
         )  # fmt: skip
-        self.cluster.begin(order, Consumer())
-        await asyncio.sleep(0)
+
+    async def begin(self) -> None:
+        self.cluster.begin(self.order(), Consumer())
+        await self.turns()
         assert len(self.submits) == 1
+
+    async def turns(self) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
 
 
 @pytest.fixture
@@ -104,3 +114,38 @@ async def test_a_holder_that_knows_the_request_no_more(
     )
     await world.say(worker, incarnation, bus_pb2.TokenFrame(finishes=[unknown]))
     assert [submit.key.attempt for submit in world.submits] == ([0, 1] if again else [0])
+
+
+async def test_what_a_turn_submits_leaves_in_one_message(world: World) -> None:
+    for number in range(3):
+        world.cluster.begin(world.order(f"q{number}"), Consumer())
+    await world.turns()
+    world.cluster.begin(world.order("later"), Consumer())
+    await world.turns()
+    assert world.messages == [["q0", "q1", "q2"], ["later"]]
+
+
+async def test_a_message_has_room_for_so_much_and_any_request_fits_alone(world: World) -> None:
+    third, whole = MOST_BYTES // 4 // 3, MOST_BYTES // 4
+    for number, tokens in enumerate((third, third, third, whole, 3, 3)):
+        world.cluster.begin(world.order(f"q{number}", tokens), Consumer())
+    await world.turns()
+    assert world.messages == [["q0", "q1"], ["q2"], ["q3"], ["q4", "q5"]]
+
+
+async def test_what_is_cancelled_within_its_turn_is_not_submitted(world: World) -> None:
+    world.cluster.cancel(world.cluster.begin(world.order("q0"), Consumer()))
+    world.cluster.begin(world.order("q1"), Consumer())
+    await world.turns()
+    assert world.messages == [["q1"]]
+
+
+async def test_each_of_a_message_that_the_bus_refuses_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(subject: str, data: bytes, reply: str = "") -> None:
+        raise BusUnavailable("its buffer is full")
+
+    monkeypatch.setattr(world.cluster._bus, "publish", refuse)
+    journeys = [world.cluster.begin(world.order(f"q{number}"), Consumer()) for number in range(2)]
+    await world.turns()
+    assert [type(journey.outcome and journey.outcome.error) for journey in journeys] == [BusUnavailable] * 2
+    assert not world.cluster.in_flight

@@ -134,7 +134,8 @@ class World:
             prompt=bytes(4 * isl), block_hashes=bytes(8 * (isl // 16)),
             sampling=codec.sampling_to_wire(SamplingParams(max_tokens=10)), traceparent=traceparent,
         )  # fmt: skip
-        self.bus.publish(subjects.requests("c", "m", "r"), submit.SerializeToString())
+        submits = bus_pb2.Submits(submits=[submit.SerializeToString()])
+        self.bus.publish(subjects.requests("c", "m", "r"), submits.SerializeToString())
         return key
 
     def event(self, key: RequestKey, phase: bus_pb2.Phase, worker: str = "") -> None:
