@@ -57,6 +57,7 @@ def requests(cluster: str, model: str, router: str) -> str:
     return f"tandem.{encode(cluster)}.requests.{encode(model)}.{encode(router)}"
 
 
+@lru_cache(maxsize=4096)
 def work(cluster: str, worker: str) -> str:
     """router, prefill worker or frontend -> one worker: WorkerMessage."""
     return f"tandem.{encode(cluster)}.work.{encode(worker)}"

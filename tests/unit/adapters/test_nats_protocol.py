@@ -48,6 +48,6 @@ def test_what_cannot_be_read_is_no_nats(line: bytes) -> None:
 
 @pytest.mark.parametrize(("subject", "reply"), [("", ""), ("a b", ""), ("a", "b\tc")])
 def test_no_subject_is_refused(subject: str, reply: str) -> None:
-    assert publish("a", "", b"hi") == b"PUB a  2\r\nhi\r\n"
+    assert publish("a", "", b"hi") == b"PUB a 2\r\nhi\r\n"
     with pytest.raises(ValueError, match="not a subject"):
         publish(subject, reply, b"")
