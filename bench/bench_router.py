@@ -118,17 +118,15 @@ class Driver:
         self.rejects += len(bus_pb2.TokenFrame.FromString(message.data).rejects)
 
     def _on_work(self, message: Message) -> None:
-        assignment = bus_pb2.WorkerMessage.FromString(message.data).assignment
-        if not assignment.submit:
-            return
-        key = bus_pb2.Submit.FromString(assignment.submit).key
-        began = self._sent.pop(key.id, None)
-        if began is not None:
-            self.waits_s.append(time.perf_counter() - began)
-            self.queued_s.append(assignment.queued_s)
-        if self._fine and not self._ended:
-            asyncio.get_running_loop().call_soon(self._tell)
-        self._ended[subjects.last_token(message.subject)].append(key)
+        for assignment in bus_pb2.WorkerMessage.FromString(message.data).assignments:
+            key = bus_pb2.Submit.FromString(assignment.submit).key
+            began = self._sent.pop(key.id, None)
+            if began is not None:
+                self.waits_s.append(time.perf_counter() - began)
+                self.queued_s.append(assignment.queued_s)
+            if self._fine and not self._ended:
+                asyncio.get_running_loop().call_soon(self._tell)
+            self._ended[subjects.last_token(message.subject)].append(key)
 
     def requests(self, count: int) -> list[tuple[str, bytes]]:
         """Made ahead of time: making them is no router's work."""

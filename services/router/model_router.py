@@ -53,6 +53,11 @@ FENCE_TIMEOUT_S = 0.5
 NOT_NOW_S = 0.25
 #: Between two looks for requests whose end nobody told us of.
 REPAIR_S = 1.0
+#: Of several assignments in one message; one alone may have as many as the bus carries.
+MOST_BYTES = 128 << 10
+#: Messages with assignments of which it is remembered what they held: until the server could have said that nobody took
+#: them.
+MOST_SENT = 4096
 
 
 class _Submitted(Struct):
@@ -64,6 +69,17 @@ class _Submitted(Struct):
     received_s: float
     #: While it waits here, if it is traced.
     stay: Stay | None
+
+
+class _Letter:
+    """What one worker is to be told of one look of the scheduler."""
+
+    __slots__ = ("keys", "message", "size")
+
+    def __init__(self) -> None:
+        self.message = bus_pb2.WorkerMessage()
+        self.keys: list[RequestKey] = []
+        self.size = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +121,9 @@ class ModelRouter:
         self._submitted: dict[RequestKey, _Submitted] = {}
         #: Of these, those about which the index is being asked: the scheduler does not know them yet.
         self._looking: set[RequestKey] = set()
+        #: By the number of its message, what was placed with it; of the latest.
+        self._sent: dict[int, list[RequestKey]] = {}
+        self._letters = 0
         #: Of these, those about which it is going to be asked, with their block hashes.
         self._arrived: list[tuple[Request, bytes]] = []
         self._fences = Fences()
@@ -294,14 +313,13 @@ class ModelRouter:
         self._poll_if_anyone_waits()
 
     def _on_bounce(self, message: Message) -> None:
-        """Nobody took an assignment."""
+        """Nobody took what was placed there."""
         if not message.no_responders:
             return
-        worker, _, packed = subjects.last_token(message.subject).partition(" ")
-        request_id, attempt, choice = packed.rsplit(" ", 2)
+        worker, _, number = subjects.last_token(message.subject).rpartition(" ")
         self.fleet.no_responders(worker)
-        key = RequestKey(request_id, int(attempt), int(choice))
-        self._fail(key, WorkerLostError(f"worker {worker} does not answer"))
+        for key in self._sent.pop(int(number), ()):
+            self._fail(key, WorkerLostError(f"worker {worker} does not answer"))
         self._poll_soon()
 
     # -- from the fleet --------------------------------------------------------------------------------------------
@@ -427,14 +445,17 @@ class ModelRouter:
             effects = self.scheduler.poll(now)
             if effects:
                 self._metrics.decisions.observe(self._now() - now)
+            letters: dict[str, _Letter] = {}
             for effect in effects:
                 match effect:
                     case Place():
-                        self._place(effect)
+                        self._place(effect, letters)
                     case Refuse():
                         self._refuse(effect.request.key, effect.error)
                     case Recall():
                         self._recall(effect.request.key)
+            for worker, letter in letters.items():
+                self._send(worker, letter)
         at = self.scheduler.next_wakeup(now)
         if at is not None:
             self._wake_at(max(at, now + (0.001 if may_place else NOT_NOW_S)), now)
@@ -452,12 +473,22 @@ class ModelRouter:
         self._wakeup = None
         self._poll()
 
-    def _place(self, effect: Place) -> None:
+    def _place(self, effect: Place, letters: dict[str, _Letter]) -> None:
+        """``letters``: to each worker, what this look has placed there so far."""
         key, plan, now = effect.request.key, effect.plan, self._now()
         submitted = self._submitted[key]
         first, leg = plan.first_worker, plan.leg
-        message = bus_pb2.WorkerMessage()
-        assignment = message.assignment  # filled in its place: a message given to another is copied, at four times that
+        letter = letters.get(first)
+        if letter is not None and letter.size + len(submitted.raw) > MOST_BYTES:
+            self._send(first, letter)
+            letter = None
+        if letter is None:
+            letter = letters[first] = _Letter()
+        letter.keys.append(key)
+        letter.size += len(submitted.raw)
+        assignment = (
+            letter.message.assignments.add()
+        )  # in its place: one given to a message is copied, at four times that
         assignment.epoch = self.leadership.epoch
         assignment.router = self._router
         assignment.leg = codec.leg_to_wire(leg)
@@ -468,16 +499,22 @@ class ModelRouter:
         assignment.others_wait = self.scheduler.num_queued > 0
         if leg is Leg.PREFILL:
             assignment.decode.CopyFrom(codec.address_to_wire(self.fleet.members[plan.decode_worker].spec.address))
-        bounce = subjects.bounce_of(self._cluster, self._bounce_name, first)
-        reply = subjects.and_request(bounce, key.id, key.attempt, key.choice)
-        if not self._publish(subjects.work(self._cluster, first), message.SerializeToString(), reply):
-            self._fail(key, WorkerLostError(f"assignment to {first} could not be sent"))
         submitted.raw = b""
         self._doubts.placed(key, (first, plan.decode_worker), now)
         if submitted.stay is not None:
             self._traces.placed(submitted.stay, effect)
             submitted.stay = None
         self._metrics.placed(effect, leg, now)
+
+    def _send(self, worker: str, letter: _Letter) -> None:
+        self._letters += 1
+        self._sent[self._letters] = letter.keys
+        if len(self._sent) > MOST_SENT:
+            del self._sent[next(iter(self._sent))]
+        reply = subjects.and_number(subjects.bounce_of(self._cluster, self._bounce_name, worker), self._letters)
+        if not self._publish(subjects.work(self._cluster, worker), letter.message.SerializeToString(), reply):
+            for key in letter.keys:
+                self._fail(key, WorkerLostError(f"assignment to {worker} could not be sent"))
 
     def _recall(self, key: RequestKey) -> None:
         """Background work makes way: its workers stop it, its frontend submits it again."""

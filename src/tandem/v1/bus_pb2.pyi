@@ -163,18 +163,18 @@ class TellAgain(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[_Union[_types_pb2.RequestKey, _Mapping]]] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("assignment", "handoff", "repair", "taint", "tell_again")
-    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("handoff", "repair", "taint", "tell_again", "assignments")
     HANDOFF_FIELD_NUMBER: _ClassVar[int]
     REPAIR_FIELD_NUMBER: _ClassVar[int]
     TAINT_FIELD_NUMBER: _ClassVar[int]
     TELL_AGAIN_FIELD_NUMBER: _ClassVar[int]
-    assignment: Assignment
+    ASSIGNMENTS_FIELD_NUMBER: _ClassVar[int]
     handoff: Handoff
     repair: Repair
     taint: Taint
     tell_again: TellAgain
-    def __init__(self, assignment: _Optional[_Union[Assignment, _Mapping]] = ..., handoff: _Optional[_Union[Handoff, _Mapping]] = ..., repair: _Optional[_Union[Repair, _Mapping]] = ..., taint: _Optional[_Union[Taint, _Mapping]] = ..., tell_again: _Optional[_Union[TellAgain, _Mapping]] = ...) -> None: ...
+    assignments: _containers.RepeatedCompositeFieldContainer[Assignment]
+    def __init__(self, handoff: _Optional[_Union[Handoff, _Mapping]] = ..., repair: _Optional[_Union[Repair, _Mapping]] = ..., taint: _Optional[_Union[Taint, _Mapping]] = ..., tell_again: _Optional[_Union[TellAgain, _Mapping]] = ..., assignments: _Optional[_Iterable[_Union[Assignment, _Mapping]]] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_s", "prefill_s", "kv_transfer_s", "decode_s", "kv_transfer_bytes", "cached_tokens", "computed_tokens", "prefill_worker", "decode_worker", "itl_p50_s", "itl_p99_s")

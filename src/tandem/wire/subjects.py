@@ -85,9 +85,9 @@ def bounce(cluster: str, sender: str, *about: str) -> str:
     return f"tandem.{encode(cluster)}.bounces.{encode(sender)}.{_SPACE.join(map(_encode, about))}"
 
 
-def and_request(bounce: str, request_id: str, attempt: int, choice: int) -> str:
-    """A bounce about a process made one about a request there: only what is new with every message is spelt out."""
-    return f"{bounce}{_SPACE}{_encode(request_id)}{_SPACE}{attempt}{_SPACE}{choice}"
+def and_number(bounce: str, number: int) -> str:
+    """A bounce about a process made one about a message to it: only what is new with every message is spelt out."""
+    return f"{bounce}{_SPACE}{number}"
 
 
 def aborts(cluster: str, model: str) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+from google.protobuf.message import DecodeError
+
 from tandem.adapters.bus import Bus
 from tandem.core.blocks import token_ids
 from tandem.core.types import RequestKey, SamplingParams
@@ -24,6 +26,7 @@ from tandem.errors import (
     BusUnavailable,
     HandoffFailed,
     InternalError,
+    InvalidRequest,
     PayloadTooLarge,
     Refused,
     StaleEpoch,
@@ -111,13 +114,21 @@ class Execution:
 
     # -- what arrives ----------------------------------------------------------------------------------------------
 
-    def read(self, message: bus_pb2.Assignment) -> Assigned:
-        """DecodeError, ValueError or InvalidRequest if that is no assignment."""
-        submit = bus_pb2.Submit.FromString(message.submit)
-        return Assigned(message, submit, token_ids(submit.prompt), _sampling(submit.sampling))
+    def assignments(self, messages: Iterable[bus_pb2.Assignment]) -> None:
+        """All that came together. DecodeError, ValueError or InvalidRequest once the others were taken, if one of them
+        is none."""
+        came: list[Assigned] = []
+        failure: Exception | None = None
+        for message in messages:
+            try:
+                came.append(_read(message))
+            except (DecodeError, ValueError, InvalidRequest) as error:
+                failure = error
+        self._take(came)
+        if failure is not None:
+            raise failure
 
-    def assignments(self, came: Sequence[Assigned]) -> None:
-        """All that came in one turn."""
+    def _take(self, came: Sequence[Assigned]) -> None:
         taken = [(running, assigned) for assigned in came if (running := self._assigned(assigned)) is not None]
         requests = [self._request(running, assigned.prompt, assigned.sampling) for running, assigned in taken]
         for (running, _), request in zip(taken, requests, strict=True):
@@ -518,6 +529,11 @@ class Execution:
             cached_tokens=running.cached_tokens,
             error_code=error_code,
         )
+
+
+def _read(message: bus_pb2.Assignment) -> Assigned:
+    submit = bus_pb2.Submit.FromString(message.submit)
+    return Assigned(message, submit, token_ids(submit.prompt), _sampling(submit.sampling))
 
 
 async def _fail(error: Exception) -> None:

@@ -14,7 +14,7 @@ class WorkerSettings(CommonSettings):
     run_dir: str = option("", doc="Folder for this worker's sockets; a temporary one when empty.")
     kv_host: str = option("127.0.0.1", doc="Interface of the KV plane; it has no authentication: keep it private.")
     kv_port: int = option(0, doc="Port of the KV plane's side channel; 0 = any free one.")
-    load_interval_s: float = option(0.1, doc="Time between load reports.")
+    load_interval_s: float = option(0.1, doc="Time between load reports; of an idle engine 2.5 times that.")
     registry_ttl_s: float = option(10.0, doc="Life of the registry entry without a refresh.")
     hop_timeout_s: float = option(2.0, doc="Longest wait for another worker in a KV handoff.")
     retention_s: float = option(30.0, doc="How long a finished request's tokens are kept for gap repair.")

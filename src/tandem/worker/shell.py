@@ -40,7 +40,7 @@ from tandem.v1 import bus_pb2, worker_pb2, worker_pb2_grpc
 from tandem.wire import codec, subjects
 from tandem.worker.announcer import Announcer
 from tandem.worker.control import WorkerControl
-from tandem.worker.execution import Assigned, Execution
+from tandem.worker.execution import Execution
 from tandem.worker.handoffs import OpenHandoffs, Peers
 from tandem.worker.metrics import WorkerMetrics
 from tandem.worker.outbox import Outbox
@@ -134,7 +134,6 @@ class Worker:
         self._tasks: asyncio.TaskGroup | None = None
         self._leaving = asyncio.Event()
         self._leave_by = math.inf
-        self._assigned: list[Assigned] = []
         self.execution = Execution(
             bus=bus,
             cluster=cluster,
@@ -208,15 +207,10 @@ class Worker:
 
     def _on_work(self, message: Message) -> None:
         work = bus_pb2.WorkerMessage.FromString(message.data)
-        kind = work.WhichOneof("kind")
-        if kind == "assignment":
-            assigned = self.execution.read(work.assignment)
-            if not self._assigned:
-                asyncio.get_running_loop().call_soon(self._take_assigned)
-            self._assigned.append(assigned)
+        if work.assignments:
+            self.execution.assignments(work.assignments)
             return
-        self._take_assigned()  # in the order in which they came
-        match kind:
+        match work.WhichOneof("kind"):
             case "handoff":
                 self.execution.handoff(work.handoff)
             case "repair":
@@ -229,17 +223,10 @@ class Worker:
                     self.execution.tell_of(keys)
                 else:
                     self.execution.tell_again()
-            case _:
+            case kind:
                 log.error("message of unknown kind %r dropped", kind)
 
-    def _take_assigned(self) -> None:
-        """All assignments that have come in this turn of the loop."""
-        assigned, self._assigned = self._assigned, []
-        if assigned:
-            self.execution.assignments(assigned)
-
     def _on_abort(self, message: Message) -> None:
-        self._take_assigned()
         abort = bus_pb2.Abort.FromString(message.data)
         choice = abort.choice if abort.HasField("choice") else None
         self.execution.abort(abort.id, abort.max_attempt, choice)
@@ -278,7 +265,6 @@ class Worker:
         # have come just before.
         await work.unsubscribe()
         await self._flush()
-        self._take_assigned()
         await self._idle()
         self.outbox.tell_now()
         await self._flush()

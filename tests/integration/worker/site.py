@@ -204,7 +204,7 @@ class Site:
         if decode is not None:
             address = decode if isinstance(decode, WorkerAddress) else decode.address
             assignment.decode.CopyFrom(codec.address_to_wire(address))
-        self.send(first, bus_pb2.WorkerMessage(assignment=assignment))
+        self.send(first, bus_pb2.WorkerMessage(assignments=[assignment]))
         return assignment
 
     def send(self, worker: str, message: bus_pb2.WorkerMessage) -> None:

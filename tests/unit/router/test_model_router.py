@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from services.router import model_router
 from services.router.config import RouterSettings
 from services.router.metrics import RouterMetrics
 from services.router.model_router import ModelRouter, Ports
@@ -60,6 +61,8 @@ class World:
         self.bus = MemoryBus(self.hub)
         self.rejects: dict[int, str] = {}
         self.work: dict[str, list[bus_pb2.Assignment]] = defaultdict(list)
+        #: How many messages these came in.
+        self.messages: dict[str, int] = defaultdict(int)
         self.lost: list[str] = []
         self.asked: list[str] = []
         self.spans = KeptSpans()
@@ -122,8 +125,9 @@ class World:
 
     def _on_work(self, name: str, message: Message) -> None:
         work = bus_pb2.WorkerMessage.FromString(message.data)
-        if work.HasField("assignment"):
-            self.work[name].append(work.assignment)
+        if work.assignments:
+            self.work[name] += work.assignments
+            self.messages[name] += 1
         else:
             self.asked.append(name)
 
@@ -231,6 +235,17 @@ async def test_requests_of_one_turn_are_one_question_to_the_index(world: World) 
         world.submit(rid)
     await world.until(lambda: len(world.work["w"]) == 3, "assignments")
     assert len(world.index.asked) == 1
+    assert world.messages["w"] == 1, "and one message to their worker"
+
+
+async def test_a_message_has_room_for_so_many_prompts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_router, "MOST_BYTES", 1500)  # each is of 300 bytes and some
+    await world.worker("w")
+    for rid in range(1, 10):
+        world.submit(rid, isl=64)
+    await world.until(lambda: len(world.work["w"]) == 9, "assignments")
+    assert world.messages["w"] == 3
+    assert [bus_pb2.Submit.FromString(a.submit).rid for a in world.work["w"]] == list(range(1, 10))
 
 
 async def test_an_abort_that_overtakes_its_request(world: World) -> None:
@@ -264,11 +279,12 @@ async def test_an_index_that_is_away_stops_nothing(world: World) -> None:
     await world.until(lambda: world.work["w"], "placed by load alone")
 
 
-async def test_an_assignment_that_nobody_takes_goes_back_to_its_frontend(world: World) -> None:
+async def test_assignments_that_nobody_takes_go_back_to_their_frontend(world: World) -> None:
     await world.worker("deaf", listens=False)
     world.submit(1)
-    await world.until(lambda: world.rejects, "an answer")
-    assert world.rejects == {1: "worker_lost"}
+    world.submit(2)
+    await world.until(lambda: len(world.rejects) == 2, "answers")
+    assert world.rejects == {1: "worker_lost", 2: "worker_lost"}
     await world.nothing_kept()
     assert world.router.fleet.members["deaf"].suspect, "no more work for it"
 

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 
 from tandem.adapters.clock import monotonic
 from tandem.adapters.memory_bus import MemoryBus, MemoryHub
@@ -70,15 +71,14 @@ class World:
         self.tasks.append(asyncio.create_task(work))
 
     def assign(self, *prompts: list[int], first_rid: int = 1) -> None:
-        read = []
+        messages = []
         for rid, prompt in enumerate(prompts, first_rid):
             submit = bus_pb2.Submit(
                 key=types_pb2.RequestKey(id=f"r{rid}"), frontend="f", rid=rid, prompt=token_bytes(prompt),
                 isl_tokens=len(prompt), sampling=types_pb2.SamplingParams(max_tokens=8),
             )  # fmt: skip
-            message = bus_pb2.Assignment(epoch=1, leg=bus_pb2.LEG_LOCAL, submit=submit.SerializeToString())
-            read.append(self.execution.read(message))
-        self.execution.assignments(read)
+            messages.append(bus_pb2.Assignment(epoch=1, leg=bus_pb2.LEG_LOCAL, submit=submit.SerializeToString()))
+        self.execution.assignments(messages)
 
     async def turns(self) -> None:
         for _ in range(5):
@@ -158,3 +158,14 @@ async def test_a_defect_among_the_news_ends_the_worker(world: World) -> None:
     with pytest.raises(KeyError):
         await task
     assert world.outbox.dropped == 0
+
+
+async def test_an_assignment_that_cannot_be_read_is_told_of_after_the_others_were_taken(world: World) -> None:
+    submit = bus_pb2.Submit(
+        key=types_pb2.RequestKey(id="r1"), frontend="f", rid=1, prompt=token_bytes([7]), isl_tokens=1,
+        sampling=types_pb2.SamplingParams(max_tokens=8),
+    )  # fmt: skip
+    good = bus_pb2.Assignment(epoch=1, leg=bus_pb2.LEG_LOCAL, submit=submit.SerializeToString())
+    with pytest.raises(DecodeError):
+        world.execution.assignments([bus_pb2.Assignment(epoch=1, submit=b"\xff"), good])
+    assert [list(request.prompt) for request in world.engine.requests] == [[7]]
