@@ -486,9 +486,7 @@ class ModelRouter:
             letter = letters[first] = _Letter()
         letter.keys.append(key)
         letter.size += len(submitted.raw)
-        assignment = (
-            letter.message.assignments.add()
-        )  # in its place: one given to a message is copied, at four times that
+        assignment = letter.message.assignments.add()  # in its place: a message given to another is copied
         assignment.epoch = self.leadership.epoch
         assignment.router = self._router
         assignment.leg = codec.leg_to_wire(leg)

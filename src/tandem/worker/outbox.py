@@ -154,10 +154,9 @@ class Outbox:
     def tell_now(self) -> None:
         """All of it. For who says something that the router would understand otherwise without it: a load report shows
         as gone what has ended, and has to come after its end."""
-        self._events_due = -math.inf
-        self.flush()
+        self.flush(all_events=True)
 
-    def flush(self) -> None:
+    def flush(self, *, all_events: bool = False) -> None:
         """All that is due."""
         self._scheduled = True  # what is said now goes along
         self.before_flush()
@@ -181,7 +180,7 @@ class Outbox:
                 message.SerializeToString(),
                 subjects.bounce_of(self._cluster, self._worker, "f:" + frontend),
             )
-        if self._events and self._events_due <= self._loop.time():
+        if self._events and (all_events or self._events_due <= self._loop.time()):
             self._tell()
         if self._lingering is not None and not self._events:
             self._lingering.cancel()

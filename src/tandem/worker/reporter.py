@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 #: After a reconnect of ours the others may take this long to be back.
 OTHERS_BACK_S = 2.0
+#: Between two reports of an engine that has nothing to do and has done nothing: still several before its silence would
+#: be one.
+IDLE_INTERVALS = 2.5
 
 
 class Reporter:
@@ -87,12 +90,16 @@ class Reporter:
         return report
 
     async def report_forever(self, interval_s: float) -> None:
+        steps = -1
+        idles = False
         while True:
-            await asyncio.sleep(interval_s)
+            await asyncio.sleep(IDLE_INTERVALS * interval_s if idles else interval_s)
             now = self._now()
             self._table.sweep(now)
             self._handoffs.sweep(now)
             stats = self._engine.stats()
+            idles = stats.steps == steps and not (stats.running_requests or stats.waiting_requests)
+            steps = stats.steps
             self._look_for_late_reads(stats)
             self._tell_again_after_reconnect(now)
             self._seq += 1

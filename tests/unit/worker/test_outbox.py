@@ -185,6 +185,14 @@ def test_what_is_held_back_leaves_when_others_begin_to_wait_and_before_what_need
     assert turn.timers[-1].cancelled
 
 
+def test_what_had_yet_to_be_worked_off_is_told_with_all_else() -> None:
+    bus, turn = FullBus(), Turn()
+    box = outbox(bus, turn)
+    box.before_flush = lambda: box.event(key(1), bus_pb2.PHASE_FINISHED)
+    box.tell_now()
+    assert events(bus) == [[(key(1), bus_pb2.PHASE_FINISHED)]]
+
+
 def test_an_end_stays_the_latest() -> None:
     for end in (bus_pb2.PHASE_FINISHED, bus_pb2.PHASE_FAILED, bus_pb2.PHASE_ABORTED):
         bus, turn = FullBus(), Turn()
