@@ -18,7 +18,7 @@ from services.frontend.request_table import RequestTable
 from services.frontend.submission import submit_message
 from tandem.adapters.bus import Bus, Message, Subscription
 from tandem.adapters.clock import monotonic
-from tandem.errors import BusUnavailable, TandemError
+from tandem.errors import BusUnavailable, InternalError, TandemError
 from tandem.v1 import bus_pb2
 from tandem.wire import codec, subjects
 
@@ -236,7 +236,12 @@ class Cluster:
                 continue  # it has ended since, or will be submitted again
             to = journey.order.model, leader.router
             batch = batches.get(to)
-            message = submit_message(journey, frontend=self._instance, now=now)
+            try:
+                message = submit_message(journey, frontend=self._instance, now=now)
+            except Exception as error:  # a defect of that one: the others are not to suffer for it
+                log.exception("request %s cannot be submitted", journey.order.id)
+                journey.refuse(InternalError(f"the request cannot be submitted: {error}"))
+                continue
             if batch is not None and batch.size + len(message) > MOST_BYTES:
                 self._publish_batch(*to, batches.pop(to))
                 batch = None

@@ -40,7 +40,7 @@ class Intake:
         self.models = {model.name: model for model in models}
         self.tenants = Tenants(deployment)
         self.limits = deployment.limits
-        #: Posted requests, from their last byte until they are the cluster's.
+        #: Posted requests, until they are the cluster's.
         self.arrivals = Convoy()
         self._now = now
         # One thread: tokenising holds a core, and the loop needs the other.

@@ -8,8 +8,11 @@ once for all of them (docs/decisions/stages.md).
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Generator
 from types import coroutine
+
+log = logging.getLogger(__name__)
 
 #: Of the event loop, after which those that wait set out, whoever is still on the way: one may wait for a thread.
 MOST_TURNS = 8
@@ -68,4 +71,7 @@ class Convoy(Lockstep):
         self._turns = 0
         waiting, self._waiting = self._waiting, []
         for enter in waiting:
-            enter()
+            try:
+                enter()
+            except Exception:  # a defect of that one: the others are not to wait for ever
+                log.exception("a request could not begin")

@@ -57,7 +57,7 @@ REPAIR_S = 1.0
 MOST_BYTES = 128 << 10
 #: Messages with assignments of which it is remembered what they held: until the server could have said that nobody took
 #: them.
-MOST_SENT = 4096
+MOST_SENT = 1024
 
 
 class _Submitted(Struct):
@@ -121,8 +121,8 @@ class ModelRouter:
         self._submitted: dict[RequestKey, _Submitted] = {}
         #: Of these, those about which the index is being asked: the scheduler does not know them yet.
         self._looking: set[RequestKey] = set()
-        #: By the number of its message, what was placed with it; of the latest.
-        self._sent: dict[int, list[RequestKey]] = {}
+        #: By the number of its message, whom it told and what was placed with it; of the latest.
+        self._sent: dict[int, tuple[str, list[RequestKey]]] = {}
         self._letters = 0
         #: Of these, those about which it is going to be asked, with their block hashes.
         self._arrived: list[tuple[Request, bytes]] = []
@@ -198,8 +198,14 @@ class ModelRouter:
     # -- from frontends --------------------------------------------------------------------------------------------
 
     def _on_submits(self, message: Message) -> None:
+        failure: Exception | None = None
         for data in bus_pb2.Submits.FromString(message.data).submits:
-            self._on_submit(data)
+            try:
+                self._on_submit(data)
+            except Exception as error:  # of that one: the others are not to suffer for it
+                failure = error
+        if failure is not None:
+            raise failure  # the bus counts it
 
     def _on_submit(self, data: bytes) -> None:
         submit = bus_pb2.Submit.FromString(data)
@@ -318,8 +324,10 @@ class ModelRouter:
             return
         worker, _, number = subjects.last_token(message.subject).rpartition(" ")
         self.fleet.no_responders(worker)
-        for key in self._sent.pop(int(number), ()):
-            self._fail(key, WorkerLostError(f"worker {worker} does not answer"))
+        told, keys = self._sent.pop(int(number), ("", []))
+        if told == worker:  # else it is of a router before us
+            for key in keys:
+                self._fail(key, WorkerLostError(f"worker {worker} does not answer"))
         self._poll_soon()
 
     # -- from the fleet --------------------------------------------------------------------------------------------
@@ -446,16 +454,18 @@ class ModelRouter:
             if effects:
                 self._metrics.decisions.observe(self._now() - now)
             letters: dict[str, _Letter] = {}
-            for effect in effects:
-                match effect:
-                    case Place():
-                        self._place(effect, letters)
-                    case Refuse():
-                        self._refuse(effect.request.key, effect.error)
-                    case Recall():
-                        self._recall(effect.request.key)
-            for worker, letter in letters.items():
-                self._send(worker, letter)
+            try:
+                for effect in effects:
+                    match effect:
+                        case Place():
+                            self._place(effect, letters)
+                        case Refuse():
+                            self._refuse(effect.request.key, effect.error)
+                        case Recall():
+                            self._recall(effect.request.key)
+            finally:
+                for worker, letter in letters.items():
+                    self._send(worker, letter)
         at = self.scheduler.next_wakeup(now)
         if at is not None:
             self._wake_at(max(at, now + (0.001 if may_place else NOT_NOW_S)), now)
@@ -478,6 +488,7 @@ class ModelRouter:
         key, plan, now = effect.request.key, effect.plan, self._now()
         submitted = self._submitted[key]
         first, leg = plan.first_worker, plan.leg
+        decode = self.fleet.members[plan.decode_worker].spec.address if leg is Leg.PREFILL else None
         letter = letters.get(first)
         if letter is not None and letter.size + len(submitted.raw) > MOST_BYTES:
             self._send(first, letter)
@@ -495,8 +506,8 @@ class ModelRouter:
         assignment.priority = effect.priority
         assignment.queued_s = now - submitted.received_s
         assignment.others_wait = self.scheduler.num_queued > 0
-        if leg is Leg.PREFILL:
-            assignment.decode.CopyFrom(codec.address_to_wire(self.fleet.members[plan.decode_worker].spec.address))
+        if decode is not None:
+            assignment.decode.CopyFrom(codec.address_to_wire(decode))
         submitted.raw = b""
         self._doubts.placed(key, (first, plan.decode_worker), now)
         if submitted.stay is not None:
@@ -506,7 +517,7 @@ class ModelRouter:
 
     def _send(self, worker: str, letter: _Letter) -> None:
         self._letters += 1
-        self._sent[self._letters] = letter.keys
+        self._sent[self._letters] = worker, letter.keys
         if len(self._sent) > MOST_SENT:
             del self._sent[next(iter(self._sent))]
         reply = subjects.and_number(subjects.bounce_of(self._cluster, self._bounce_name, worker), self._letters)

@@ -110,7 +110,7 @@ async def test_worker_that_moves_to_another_model_leaves_the_first(world: World)
         ("kv_layout", "NHD", "HND"),
         ("engine", "sim", "vllm"),
         ("engine_version", "1", "2"),
-        ("wire_version", 1, 3),
+        ("wire_version", 3, 5),
     ],
 )
 async def test_incompatible_worker_is_refused_with_both_values(

@@ -122,7 +122,7 @@ class WorkerSpec:
     loras: frozenset[str] = frozenset()
     pool: str = ""
     draining: bool = False
-    wire_version: int = 1
+    wire_version: int = 3  # two more where peers of before and after could not read each other
 
     @property
     def id(self) -> str:

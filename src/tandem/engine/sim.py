@@ -333,6 +333,7 @@ class SimEngine:
                 return
             self._end = begin + result.duration_s
             if result.duration_s:
+                self._deliver_kept()  # of steps before it that took none
                 self._next(loop.call_at(self._end, self._end_step, begin, result))
                 return
             now = self._stepped(begin, result)

@@ -130,9 +130,8 @@ class Execution:
 
     def _take(self, came: Sequence[Assigned]) -> None:
         taken = [(running, assigned) for assigned in came if (running := self._assigned(assigned)) is not None]
-        requests = [self._request(running, assigned.prompt, assigned.sampling) for running, assigned in taken]
-        for (running, _), request in zip(taken, requests, strict=True):
-            self._submit(running, request)
+        for running, assigned in taken:
+            self._submit(running, assigned.prompt, assigned.sampling)
         for running, assigned in taken:
             self._taken(running, others_wait=assigned.message.others_wait)
 
@@ -296,8 +295,8 @@ class Execution:
         running: Running,
         prompt: Sequence[int],
         sampling: SamplingParams,
-        handoff: KvHandoff | None = None,
-        handoff_valid_s: float | None = None,
+        handoff: KvHandoff | None,
+        handoff_valid_s: float | None,
     ) -> EngineRequest:
         submit = running.submit
         produces = running.produces is not None
@@ -315,27 +314,33 @@ class Execution:
             embed=running.embed,
         )
 
-    def _submit(self, running: Running, request: EngineRequest) -> None:
+    def _submit(
+        self,
+        running: Running,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        handoff: KvHandoff | None = None,
+        handoff_valid_s: float | None = None,
+    ) -> None:
         try:
+            request = self._request(running, prompt, sampling, handoff, handoff_valid_s)
             self._engine.submit(request, partial(self._hear, running, running.engine_id))
         except Exception as error:  # one request's defect must not take those that came with it
             log.exception("%s could not be given to the engine", running.engine_id)
             self._give_up(running, error_finish(running.rid, InternalError(repr(error))))
 
     def _give(self, running: Running, handoff: KvHandoff | None = None, valid_s: float | None = None) -> None:
-        prompt, sampling = token_ids(running.submit.prompt), _sampling(running.submit.sampling)
-        self._submit(running, self._request(running, prompt, sampling, handoff, valid_s))
+        self._submit(running, token_ids(running.submit.prompt), _sampling(running.submit.sampling), handoff, valid_s)
 
     def _hear(self, running: Running, engine_id: str, output: EngineOutput) -> None:
         """News of the engine: dealt with when it has said all that it says in this turn."""
-        if not self._news:
-            self._outbox.soon()
         self._news.append((running, engine_id, output))
+        self._outbox.soon()
 
     def work_off(self) -> None:
         """Deals with the engine's news so far. A defect in here ends the process, as that of the engine does: news are
         lost, and the requests are better run elsewhere."""
-        if self._news:
+        while self._news:
             try:
                 self._work_off()
             except Exception as error:
@@ -346,9 +351,10 @@ class Execution:
         now = self._now()
         ended: list[tuple[Running, EngineOutput]] = []
         handed_over: list[tuple[Running, KvHandoff]] = []
+        over: set[str] = set()
         for running, engine_id, output in news:
-            if running.finish is not None or running.engine_id != engine_id:
-                continue  # a run that was given up for another one has nothing more to say
+            if running.finish is not None or running.engine_id != engine_id or engine_id in over:
+                continue  # a run that has ended, or was given up for another one, has nothing more to say
             if isinstance(output.error, HandoffFailed) and self._pulls.news(running):
                 continue  # without a token: what becomes of it is the pull's to say
             if running.produces is not None:
@@ -360,8 +366,10 @@ class Execution:
                 self._output(running, output, now)
             if output.handoff is not None:
                 handed_over.append((running, output.handoff))
+                over.add(engine_id)
             elif output.finish is not None:
                 ended.append((running, output))
+                over.add(engine_id)
         if ended:
             self._finish(ended, now)
         for running, handoff in handed_over:
@@ -441,6 +449,9 @@ class Execution:
     def _hand_over(self, running: Running, handoff: KvHandoff, now: float) -> None:
         assignment = running.produces
         assert assignment is not None
+        if self._table.is_fenced(running.key):  # aborted in this very turn
+            self._engine.release_handoff(handoff.handoff_id, pulled=False)
+            return self._give_up(running, abort_finish(running.rid))
         timings = running.timings
         timings.prefill_s = now - running.accepted_at
         timings.cached_tokens = running.cached_tokens

@@ -159,8 +159,10 @@ class Outbox:
     def flush(self, *, all_events: bool = False) -> None:
         """All that is due."""
         self._scheduled = True  # what is said now goes along
-        self.before_flush()
-        self._scheduled = False
+        try:
+            self.before_flush()
+        finally:
+            self._scheduled = False
         frames, self._frames = self._frames, {}
         for frontend, frame in frames.items():
             message = bus_pb2.TokenFrame(

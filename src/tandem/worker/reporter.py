@@ -21,9 +21,10 @@ log = logging.getLogger(__name__)
 
 #: After a reconnect of ours the others may take this long to be back.
 OTHERS_BACK_S = 2.0
-#: Between two reports of an engine that has nothing to do and has done nothing: still several before its silence would
-#: be one.
+#: Between two reports of an engine that has nothing to do and has done nothing, so many intervals ...
 IDLE_INTERVALS = 2.5
+#: ... or so many within the time after which its silence would be one, whichever is sooner.
+IDLE_REPORTS = 5
 
 
 class Reporter:
@@ -38,6 +39,7 @@ class Reporter:
         handoffs: OpenHandoffs,
         table: RequestTable,
         outbox: Outbox,
+        suspect_s: float,
         now: Callable[[], float],
     ) -> None:
         self._bus = bus
@@ -48,6 +50,7 @@ class Reporter:
         self._handoffs = handoffs
         self._table = table
         self._outbox = outbox
+        self._suspect_s = suspect_s
         self._now = now
         self._seq = 0
         self._hung_since: float | None = None
@@ -90,10 +93,11 @@ class Reporter:
         return report
 
     async def report_forever(self, interval_s: float) -> None:
+        idle_s = max(interval_s, min(IDLE_INTERVALS * interval_s, self._suspect_s / IDLE_REPORTS))
         steps = -1
         idles = False
         while True:
-            await asyncio.sleep(IDLE_INTERVALS * interval_s if idles else interval_s)
+            await asyncio.sleep(idle_s if idles else interval_s)
             now = self._now()
             self._table.sweep(now)
             self._handoffs.sweep(now)

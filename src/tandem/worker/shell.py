@@ -24,7 +24,7 @@ from typing import Any
 from tandem.adapters import clock, timing
 from tandem.adapters.addresses import is_wildcard, own_address
 from tandem.adapters.bus import Bus, Message, Subscription
-from tandem.adapters.deployment import Model, Pool, PoolRole, read
+from tandem.adapters.deployment import Liveness, Model, Pool, PoolRole, read
 from tandem.adapters.grpc_server import GrpcServer
 from tandem.adapters.nats_bus import NatsBus
 from tandem.adapters.process_metrics import instruments_of, metrics_endpoint, watch_tracing
@@ -84,7 +84,8 @@ async def run(settings: WorkerSettings, role: Role) -> None:
         stack.push_async_callback(tracing.close)
         if pool.engine == "vllm":
             tracing.adopt()
-        joined = joined_worker(settings, cluster, model, pool, role, worker_id, engine, bus, stores, tracing)
+        suspect_s = deployment.liveness.suspect_s
+        joined = joined_worker(settings, cluster, model, pool, role, worker_id, engine, bus, stores, suspect_s, tracing)
         worker = await stack.enter_async_context(joined)
         deliver[0] = worker.announcer.on_kv_events
         worker.announcer.on_kv_events(early)
@@ -117,6 +118,7 @@ class Worker:
         announcer: Announcer,
         lease_s: float,
         address: WorkerAddress,
+        suspect_s: float = Liveness().suspect_s,
         tracing: Tracing = OFF,
     ) -> None:
         loop = asyncio.get_running_loop()
@@ -159,6 +161,7 @@ class Worker:
             handoffs=self.handoffs,
             table=self.table,
             outbox=self.outbox,
+            suspect_s=suspect_s,
             now=now,
         )
         self.control = WorkerControl(
@@ -292,6 +295,7 @@ async def joined_worker(
     engine: Engine,
     bus: Bus,
     stores: Stores,
+    suspect_s: float = Liveness().suspect_s,
     tracing: Tracing = OFF,
 ) -> AsyncIterator[Worker]:
     """A worker around a started engine, its gRPC server up. ``serve`` makes it part of the cluster."""
@@ -312,6 +316,7 @@ async def joined_worker(
         ),
         lease_s=model.kv_lease_s,
         address=address,
+        suspect_s=suspect_s,
         tracing=tracing,
     )
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker.control, grpc_server.server)
