@@ -116,6 +116,18 @@ async def test_local_remote_and_migrated_runs_say_the_same(engines: Engines) -> 
     assert migrated.tokens == local[13:]
 
 
+async def test_what_steps_without_duration_say_does_not_wait_for_one_that_has_none(engines: Engines) -> None:
+    """A prompt of no cost: its first token leaves before the decode steps, which take time, and none is lost."""
+    free = {"p0": 0.0, "p1": 0.0, "p2": 0.0, "p3": 0.0}
+    expected = (await run(await engines.start(), request("a"))).tokens
+    engine = await engines.start(speedup=1.0, terms=free)
+    assert (await run(engine, request("a"))).tokens == expected
+    long = Collected()
+    engine.submit(request("long", PROMPT[::-1], max_tokens=400), long)
+    assert len((await run(engine, request("short", PROMPT[1:], max_tokens=1))).tokens) == 1
+    assert not any(output.finish for output in long.outputs), "it did not have to wait for the long one's end"
+
+
 async def test_a_second_remote_run_finds_the_blocks_cached_and_lets_the_producer_go(engines: Engines) -> None:
     p, d = [await engines.start() for _ in range(2)]
     prompt = PROMPT[:48]  # full blocks only

@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any
 
 import pytest
 
+from services.frontend import cluster
 from services.frontend.cluster import MOST_BYTES, STOPPED_S, Cluster
+from services.frontend.journey import Journey
 from services.frontend.order import Consumer, Order
+from services.frontend.submission import submit_message
 from tandem.adapters import clock
 from tandem.adapters.bus import Message
 from tandem.adapters.memory_bus import MemoryBus, MemoryHub
 from tandem.core.blocks import token_bytes
 from tandem.core.types import SamplingParams
-from tandem.errors import BusUnavailable, UnknownRequest
+from tandem.errors import BusUnavailable, InternalError, UnknownRequest
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import codec, subjects
 
@@ -149,3 +154,22 @@ async def test_each_of_a_message_that_the_bus_refuses_is_told(world: World, monk
     await world.turns()
     assert [type(journey.outcome and journey.outcome.error) for journey in journeys] == [BusUnavailable] * 2
     assert not world.cluster.in_flight
+
+
+async def test_one_that_cannot_be_written_down_is_told_and_hinders_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(journey: Journey, **rest: Any) -> bytes:
+        if journey.order.id == "q1":
+            raise ValueError("out of range")
+        return submit_message(journey, **rest)
+
+    monkeypatch.setattr(cluster, "submit_message", write)
+    journeys = [world.cluster.begin(world.order(f"q{number}"), Consumer()) for number in range(3)]
+    await world.turns()
+    assert world.messages == [["q0", "q2"]]
+    assert [type(journey.outcome and journey.outcome.error) for journey in journeys] == [
+        NoneType,
+        InternalError,
+        NoneType,
+    ]

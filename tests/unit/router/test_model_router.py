@@ -131,16 +131,20 @@ class World:
         else:
             self.asked.append(name)
 
-    def submit(self, rid: int, *, attempt: int = 0, isl: int = 64, id: str = "", traceparent: str = "") -> RequestKey:
-        key = RequestKey(id or f"q{rid}", attempt, 0)
-        submit = bus_pb2.Submit(
-            key=codec.key_to_wire(key), model="m", frontend="f", rid=rid, timeout_ms=60_000, isl_tokens=isl,
-            prompt=bytes(4 * isl), block_hashes=bytes(8 * (isl // 16)),
+    def submitted(
+        self, rid: int, *, attempt: int = 0, isl: int = 64, id: str = "", traceparent: str = ""
+    ) -> bus_pb2.Submit:
+        return bus_pb2.Submit(
+            key=codec.key_to_wire(RequestKey(id or f"q{rid}", attempt, 0)), model="m", frontend="f", rid=rid,
+            timeout_ms=60_000, isl_tokens=isl, prompt=bytes(4 * isl), block_hashes=bytes(8 * (isl // 16)),
             sampling=codec.sampling_to_wire(SamplingParams(max_tokens=10)), traceparent=traceparent,
         )  # fmt: skip
+
+    def submit(self, rid: int, **more: Any) -> RequestKey:
+        submit = self.submitted(rid, **more)
         submits = bus_pb2.Submits(submits=[submit.SerializeToString()])
         self.bus.publish(subjects.requests("c", "m", "r"), submits.SerializeToString())
-        return key
+        return codec.key_from_wire(submit.key)
 
     def event(self, key: RequestKey, phase: bus_pb2.Phase, worker: str = "") -> None:
         event = bus_pb2.LifecycleEvent(key=codec.key_to_wire(key), phase=phase, output_tokens=10)
@@ -236,6 +240,15 @@ async def test_requests_of_one_turn_are_one_question_to_the_index(world: World) 
     await world.until(lambda: len(world.work["w"]) == 3, "assignments")
     assert len(world.index.asked) == 1
     assert world.messages["w"] == 1, "and one message to their worker"
+
+
+async def test_a_submit_that_cannot_be_read_hinders_no_other(world: World) -> None:
+    await world.worker("w")
+    good = [world.submitted(rid).SerializeToString() for rid in (1, 2)]
+    submits = bus_pb2.Submits(submits=[good[0], b"\xff", good[1]])
+    world.bus.publish(subjects.requests("c", "m", "r"), submits.SerializeToString())
+    await world.until(lambda: len(world.work["w"]) == 2, "assignments")
+    assert [bus_pb2.Submit.FromString(a.submit).rid for a in world.work["w"]] == [1, 2]
 
 
 async def test_a_message_has_room_for_so_many_prompts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

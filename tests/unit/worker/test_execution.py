@@ -13,7 +13,7 @@ from tandem.adapters.clock import monotonic
 from tandem.adapters.memory_bus import MemoryBus, MemoryHub
 from tandem.core.blocks import token_bytes, token_ids
 from tandem.core.types import FinishReason, WorkerAddress
-from tandem.engine.protocol import EngineOutput, EngineRequest, Sink
+from tandem.engine.protocol import EngineOutput, EngineRequest, KvHandoff, Sink
 from tandem.telemetry.tracing import OFF
 from tandem.v1 import bus_pb2, types_pb2
 from tandem.wire import subjects
@@ -31,6 +31,8 @@ class Engine:
         self.requests: list[EngineRequest] = []
         self.sinks: list[Sink] = []
         self.aborted: list[str] = []
+        #: (handoff, pulled)
+        self.released: list[tuple[str, bool]] = []
 
     def submit(self, request: EngineRequest, sink: Sink) -> None:
         if request.prompt[0] == 13:
@@ -40,6 +42,9 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
+
+    def release_handoff(self, handoff_id: str, *, pulled: bool) -> None:
+        self.released.append((handoff_id, pulled))
 
 
 class World:
@@ -169,3 +174,26 @@ async def test_an_assignment_that_cannot_be_read_is_told_of_after_the_others_wer
     with pytest.raises(DecodeError):
         world.execution.assignments([bus_pb2.Assignment(epoch=1, submit=b"\xff"), good])
     assert [list(request.prompt) for request in world.engine.requests] == [[7]]
+
+
+async def test_a_request_ends_once_whatever_else_its_engine_says_in_that_turn(world: World) -> None:
+    world.assign([1], [2])
+    sink = world.engine.sinks[0]
+    sink(EngineOutput([5], FinishReason.LENGTH, cached_tokens=0))
+    sink(EngineOutput(finish=FinishReason.ABORT))
+    await world.turns()
+    (frame,) = world.frames
+    assert [(finish.rid, finish.reason) for finish in frame.finishes] == [(1, types_pb2.FINISH_REASON_LENGTH)]
+    assert world.table.running == 1
+
+
+async def test_a_handoff_of_a_request_that_was_aborted_in_that_turn_is_let_go(world: World) -> None:
+    world.assign([1])
+    running = world.table.unfinished()[0]
+    running.leg, running.produces = bus_pb2.LEG_PREFILL, bus_pb2.Assignment()
+    world.engine.sinks[0](EngineOutput(handoff=KvHandoff("h1", "e", 16, b"{}"), cached_tokens=0))
+    world.execution.abort("r1", 0, None)
+    await world.turns()
+    assert world.engine.released == [("h1", False)]
+    assert [finish.reason for finish in world.frames[0].finishes] == [types_pb2.FINISH_REASON_ABORT]
+    assert world.table.running == 0
