@@ -8,7 +8,7 @@ from tandem.adapters.entry import run_service
 
 
 def main() -> None:
-    run_service(ConsoleSettings, run)
+    run_service(ConsoleSettings, run, nice=10)
 
 
 if __name__ == "__main__":

@@ -79,12 +79,17 @@ class Console:
         #: What waited, of late: [milliseconds, requests].
         self._queue: deque[tuple[float, int]] = deque(maxlen=int(settings.map_history_s / (BATCH_S * STATUS_EVERY)) + 1)
         self.series = Series(counted=bool(counted))
-        self._counts = FrontendCounts(counted, lambda counts: self.series.count(counts, clock.monotonic()))
         self.ring = TraceRing(settings.trace_ring, settings.kept_traces, _slos(wanted), self._trace_ended)
         self.feed = Feed(lambda: encoded("snapshot", self._snapshot()))
         self.watch = Watch(lambda: len(self.feed), clock.monotonic)
         self._inbox = Inbox(clock.monotonic)
-        self.view = ClusterView(self._models, addresses(settings.routers), clock.monotonic, lambda: self.watch.on)
+        self.view = ClusterView(self._models, addresses(settings.routers), clock.monotonic, self.watch)
+        self._counts = FrontendCounts(
+            counted,
+            lambda counts, over_s: self.series.count(counts, clock.monotonic(), over_s),
+            clock.monotonic,
+            self.watch.pause,
+        )
         self._trials = Trials(addresses(settings.frontends))
         receiver = TraceReceiver(lambda export: self._inbox.put(self._take_export, export))
         sources = Sources(

@@ -1,4 +1,4 @@
-"""What routers say about the cluster, asked once a second: leaders, workers, bookings, queue and policy.
+"""What routers say about the cluster, asked again and again: leaders, workers, bookings, queue and policy.
 
 Of several routers the leader of a model is believed about it. A router that does not answer is shown as such; the last
 answer stays, with its age.
@@ -15,15 +15,17 @@ from typing import Any
 
 import grpc
 
+from services.console.watch import Watch
 from tandem.adapters.grpc_server import open_channel
 from tandem.v1 import bus_pb2, router_pb2, router_pb2_grpc, types_pb2
 
 log = logging.getLogger(__name__)
 
-POLL_S = 1.0
 _CALL_S = 2.0
 #: While nobody looks.
-_ALL_EVERY = 10
+_ALL_EVERY = 2
+#: A leader that has said nothing for so long is believed no longer.
+_SILENT_S = 3.0
 #: The policy changes with SIGHUP only.
 _POLICY_EVERY = 10
 
@@ -46,30 +48,30 @@ class ModelView:
 
 
 class ClusterView:
-    """``watched``: somebody looks. Else only the queues are asked for, and all of it every tenth time."""
+    """Asks with a pause of the ``watch`` between. While nobody looks only the queues, and all every second time."""
 
     def __init__(
         self,
         models: Sequence[str],
         routers: Sequence[str],
         now: Callable[[], float],
-        watched: Callable[[], bool] = lambda: True,
+        watch: Watch,
     ) -> None:
         self.models = {model: ModelView() for model in models}
         self._routers = {address: open_channel(address) for address in routers}
         self.answering: dict[str, bool] = dict.fromkeys(routers, False)
         self._now = now
-        self._watched = watched
+        self._watch = watch
         self._round = 0
 
     async def run(self) -> None:
         while True:
-            if self._watched() or self._round % _ALL_EVERY == 0:
+            if self._watch.on or self._round % _ALL_EVERY == 0:
                 await self.look()
             else:
                 await self._each(self._queues)
             self._round += 1
-            await asyncio.sleep(POLL_S)
+            await self._watch.pause()
 
     async def look(self) -> None:
         await self._each(self._all)
@@ -103,7 +105,7 @@ class ClusterView:
         leaders = await stub.GetLeaders(router_pb2.GetLeadersRequest(), timeout=_CALL_S)
         for leader in leaders.leaders:
             view = self.models.get(leader.model)
-            believed = leader.self or view is None or not view.by_leader or self._now() - view.heard_at > 3 * POLL_S
+            believed = leader.self or view is None or not view.by_leader or self._now() - view.heard_at > _SILENT_S
             if view is not None and believed:
                 await self._look(stub, leader, view)
                 view.router = address

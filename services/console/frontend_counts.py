@@ -7,16 +7,16 @@ import http.client
 import logging
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, fields
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from services.console.watch import ASK_S
 from tandem.telemetry import metric_table
 
 log = logging.getLogger(__name__)
 
-POLL_S = 1.0
 _TIMEOUT_S = 2.0
 _MAX_BYTES = 8 << 20
 
@@ -52,7 +52,7 @@ _PATIENCE = 30
 def counts_of(exposition: str) -> Counts:
     """Of one frontend, over its models, tenants and classes. ValueError for what is no Prometheus text.
 
-    Of thousands of series a few are wanted, and no others are parsed: this runs once a second."""
+    Of thousands of series a few are wanted, and no others are parsed: this runs as often as once a second."""
     sums = {f.name: 0.0 for f in fields(Counts)}
     wanted = "\n".join(line for line in exposition.split("\n") if line.startswith(_WANTED))
     for family in text_string_to_metric_families(wanted):
@@ -66,18 +66,31 @@ def counts_of(exposition: str) -> Counts:
 
 
 class FrontendCounts:
-    """Asks every frontend once a second; ``on_counts`` hears what came since the last look."""
+    """Asks every frontend, with a ``pause`` between; ``on_counts`` hears what came since the last look, so many
+    seconds ago. ``now``: in seconds."""
 
-    def __init__(self, urls: Sequence[str], on_counts: Callable[[Counts], None]) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        on_counts: Callable[[Counts, float], None],
+        now: Callable[[], float],
+        pause: Callable[[], Awaitable[None]],
+    ) -> None:
         self._urls = urls
         self._on_counts = on_counts
-        self._last: dict[str, Counts] = {}
+        self._now = now
+        self._pause = pause
+        #: What each said last, and when.
+        self._last: dict[str, tuple[Counts, float]] = {}
         self._misses: Counter[str] = Counter()
 
     async def run(self) -> None:
         while self._urls:
             await asyncio.gather(*(self._look(url) for url in self._urls))
-            await asyncio.sleep(POLL_S)
+            if len(self._last) == len(self._urls):
+                await self._pause()
+            else:  # requests before the first answer count nowhere
+                await asyncio.sleep(ASK_S)
 
     async def _look(self, url: str) -> None:
         try:
@@ -88,9 +101,10 @@ class FrontendCounts:
                 log.warning("no metrics from %s: %s", url, error)
             return
         del self._misses[url]
-        before, self._last[url] = self._last.get(url), counts
+        now = self._now()
+        before, self._last[url] = self._last.get(url), (counts, now)
         if before is not None:  # what was before we came is nobody's second
-            self._on_counts(counts.since(before))
+            self._on_counts(counts.since(before[0]), now - before[1])
 
 
 def _fetch(url: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from services.console.frontend_counts import Counts
@@ -70,13 +71,16 @@ class Series:
         if summary.ttft_s is not None and len(bucket.ttft_s) < _MOST_VALUES:
             bucket.ttft_s.append(summary.ttft_s)
 
-    def count(self, counts: Counts, now: float) -> None:
-        bucket = self._bucket(now)
-        bucket.ended += counts.offered
-        bucket.good += counts.good
-        bucket.failed += counts.failed
-        bucket.input_tokens += counts.input_tokens
-        bucket.output_tokens += counts.output_tokens
+    def count(self, counts: Counts, now: float, over_s: float) -> None:
+        """``counts`` are of the last ``over_s`` seconds, and are taken to have come evenly."""
+        self._bucket(now)
+        seconds = min(max(1, round(over_s)), len(self._buckets))
+        for bucket in islice(reversed(self._buckets), seconds):
+            bucket.ended += counts.offered / seconds
+            bucket.good += counts.good / seconds
+            bucket.failed += counts.failed / seconds
+            bucket.input_tokens += counts.input_tokens / seconds
+            bucket.output_tokens += counts.output_tokens / seconds
 
     def decoded(self, p50_s: float, p99_s: float, now: float) -> None:
         """One request's own percentiles of the time between its tokens."""

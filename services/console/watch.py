@@ -6,6 +6,7 @@ what is heard is kept as it came, with its time, and worked through together.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ log = logging.getLogger(__name__)
 
 #: So long after the API was asked somebody still counts as looking: `tandem top` and scripts ask again and again.
 LINGER_S = 10.0
+#: Between two questions to a router or a frontend; and while nobody looks: each costs those who serve milliseconds.
+ASK_S, SELDOM_S = 1.0, 5.0
 #: Messages that wait to be worked through.
 MAX_KEPT = 4096
 
@@ -32,6 +35,13 @@ class Watch:
 
     def looked(self) -> None:
         self._looked_at = self._now()
+
+    async def pause(self) -> None:
+        """From one question to the next; somebody who begins to look ends a long pause within ``ASK_S``."""
+        for _ in range(round(SELDOM_S / ASK_S)):
+            await asyncio.sleep(ASK_S)
+            if self.on:
+                break
 
 
 class Inbox:

@@ -144,7 +144,7 @@ def test_figures_over_time() -> None:
 
 def test_with_counters_traces_add_no_requests_and_kept_slow_ones_no_percentile() -> None:
     series = Series(counted=True)
-    series.count(Counts(offered=30, good=27, failed=1), 100.0)
+    series.count(Counts(offered=30, good=27, failed=1), 100.0, 1.0)
     series.request_ended(summary(ttft_s=0.1), 100.2)
     series.request_ended(Summary("t", request_id="r", why="slow", ttft_s=9.0, ended=True), 100.3)
     recent = series.recent(101.0)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import pytest
+
+from services.console import watch
 from services.console.watch import LINGER_S, MAX_KEPT, Inbox, Watch
 
 
@@ -53,3 +57,16 @@ def test_who_has_asked_lately_looks_and_so_does_an_open_page() -> None:
     assert not looking.on
     pages = 1
     assert looking.on
+
+
+async def test_pauses_are_long_while_nobody_looks_and_end_when_somebody_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "ASK_S", 0.01)
+    monkeypatch.setattr(watch, "SELDOM_S", 30.0)
+    looking = Watch(lambda: 0, asyncio.get_running_loop().time)
+    pause = asyncio.create_task(looking.pause())
+    await asyncio.sleep(0.1)
+    assert not pause.done()
+    looking.looked()
+    async with asyncio.timeout(10.0):
+        await pause
+        await looking.pause()
