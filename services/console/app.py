@@ -235,9 +235,8 @@ class Console:
         while True:
             await asyncio.sleep(BATCH_S)
             count += 1
-            if self.watch.on or count % STATUS_EVERY == 0:
-                self._inbox.work_through()
-                self.activity.tick(self._now_ms())
+            self._inbox.work_through()
+            self.activity.tick(self._now_ms())
             delta = self.activity.drain()
             self.activity.telling = bool(len(self.feed))
             if self.activity.telling:
