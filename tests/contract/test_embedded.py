@@ -36,12 +36,11 @@ async def answers(server: EmbeddedServer) -> bool:
 async def test_start_stop_and_the_same_port_again(kind: type[NatsServer] | type[RedisServer]) -> None:
     server = kind()
     await server.start()
-    port, pid = server.port, server.pid
+    port, pid, url = server.port, server.pid, server.url
     assert server.running
     assert await answers(server)
-    assert f"127.0.0.1:{port}" in server.url
     await server.restart()
-    assert server.port == port
+    assert (server.port, server.url) == (port, url)
     assert server.pid != pid
     assert await answers(server)
     await server.stop()
@@ -71,7 +70,10 @@ async def test_stop_ends_a_paused_server_too(kind: type[NatsServer] | type[Redis
 
 
 async def test_commands_are_enough_for_a_supervisor(tmp_path: Path) -> None:
-    for command in (nats_command(port=free_port(), store_dir=tmp_path / "js"), redis_command(port=free_port())):
+    for command in (
+        nats_command(port=free_port(), store_dir=tmp_path / "js"),
+        redis_command(port=free_port(), folder=tmp_path),
+    ):
         assert not await command.ready()
         process = await asyncio.create_subprocess_exec(*command.argv, stdout=subprocess.DEVNULL)
         async with asyncio.timeout(20):
@@ -154,3 +156,18 @@ def _alive(pid: int) -> bool:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+async def test_redis_answers_at_its_socket_and_at_its_port() -> None:
+    async with RedisServer() as server:
+        assert server.url.startswith("unix:///")
+        for url in (server.url, f"redis://127.0.0.1:{server.port}/0"):
+            client = await connect(url)
+            assert await client.call("INCR", "count") in (1, 2)
+            await client.aclose()
+
+
+async def test_a_path_too_long_for_a_socket_leaves_redis_its_port(tmp_path: Path) -> None:
+    command = redis_command(port=free_port(), folder=tmp_path / ("long" * 30))
+    assert command.url == f"redis://127.0.0.1:{command.port}/0"
+    assert "--unixsocket" not in command.argv

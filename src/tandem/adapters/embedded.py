@@ -28,6 +28,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote
 
 from tandem.adapters.clock import monotonic
 from tandem.adapters.store import MAX_SLOTS
@@ -57,6 +58,8 @@ class ServerCommand:
 #: Below the ports that the kernel gives to outgoing connections, which would take one of ours while its process is
 #: not there to hold it.
 _PORTS = range(20_000, 32_000)
+#: sun_path in Linux, with its closing zero.
+_SOCKET_PATH_BYTES = 108
 _turns = itertools.count(secrets.randbelow(len(_PORTS)))
 
 
@@ -98,11 +101,14 @@ def nats_command(
     return ServerCommand("nats-server", argv, port, f"nats://{HOST}:{port}", lambda: _nats_ready(port))
 
 
-def redis_command(*, port: int, changed: Mapping[str, str] | None = None) -> ServerCommand:
+def redis_command(*, port: int, folder: Path, changed: Mapping[str, str] | None = None) -> ServerCommand:
     """The Redis-compatible server: in memory only, and it refuses rather than evicts, because leases live in it.
 
-    ``changed``: options of the server that are to differ.
+    ``folder`` gets its Unix socket, which costs both sides half of what loopback does; the port listens, too. A path
+    too long for a socket leaves the port alone. ``changed``: options of the server that are to differ.
     """
+    listening = folder / "redis.sock"
+    url = f"redis://{HOST}:{port}/0"
     options = {
         "bind": HOST,
         "port": str(port),
@@ -114,10 +120,13 @@ def redis_command(*, port: int, changed: Mapping[str, str] | None = None) -> Ser
         "daemonize": "no",
         **(changed or {}),
     }
+    if len(os.fsencode(listening)) < _SOCKET_PATH_BYTES:
+        options |= {"unixsocket": str(listening), "unixsocketperm": "700"}
+        url = f"unix://{quote(str(listening))}?db=0"
     argv = [str(_redis_binary())]
     for option, value in options.items():
         argv += [f"--{option}", value]
-    return ServerCommand("redis", tuple(argv), port, f"redis://{HOST}:{port}/0", lambda: _redis_ready(port))
+    return ServerCommand("redis", tuple(argv), port, url, lambda: _redis_ready(port))
 
 
 def _nats_binary() -> Path:
@@ -336,4 +345,6 @@ class NatsServer(EmbeddedServer):
 
 class RedisServer(EmbeddedServer):
     def __init__(self, *, port: int = 0, log: Path | None = None, changed: Mapping[str, str] | None = None) -> None:
-        super().__init__("redis", lambda port, _: redis_command(port=port, changed=changed), port=port, log=log)
+        super().__init__(
+            "redis", lambda port, scratch: redis_command(port=port, folder=scratch, changed=changed), port=port, log=log
+        )
