@@ -19,10 +19,10 @@ from tandem.models.prepare import resolve_model
 
 #: In yardsticks per request.
 BOUNDS = {
-    "128/32 burst": 0.085,
-    "128/32 paced": 0.12,
-    "1024/128 burst": 0.16,
-    "1024/128 paced": 0.26,
+    "128/32 burst": 0.07,
+    "128/32 paced": 0.1,
+    "1024/128 burst": 0.14,
+    "1024/128 paced": 0.24,
 }
 
 
