@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-from services.console.watch import Watch
+from services.console.watch import ASK_S, SELDOM_S, Watch
 from tandem.adapters.grpc_server import open_channel
 from tandem.v1 import bus_pb2, router_pb2, router_pb2_grpc, types_pb2
 
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 _CALL_S = 2.0
 #: While nobody looks.
 _ALL_EVERY = 2
-#: A leader that has said nothing for so long is believed no longer.
-_SILENT_S = 3.0
+#: A leader that has said nothing for so long, the longest pause included, is believed no longer.
+_SILENT_S = SELDOM_S + ASK_S + _CALL_S
 #: The policy changes with SIGHUP only.
 _POLICY_EVERY = 10
 
@@ -105,10 +105,11 @@ class ClusterView:
         leaders = await stub.GetLeaders(router_pb2.GetLeadersRequest(), timeout=_CALL_S)
         for leader in leaders.leaders:
             view = self.models.get(leader.model)
-            believed = leader.self or view is None or not view.by_leader or self._now() - view.heard_at > _SILENT_S
-            if view is not None and believed:
-                await self._look(stub, leader, view)
-                view.router = address
+            if view is not None and self._believed(leader, view):
+                await self._look(address, stub, leader, view)
+
+    def _believed(self, leader: router_pb2.Leader, view: ModelView) -> bool:
+        return leader.self or not view.by_leader or self._now() - view.heard_at > _SILENT_S
 
     async def _queues(self, address: str, stub: router_pb2_grpc.RouterServiceStub) -> None:
         for model, view in self.models.items():
@@ -123,13 +124,18 @@ class ClusterView:
         answer: router_pb2.GetAccountingResponse = await stub.GetAccounting(request, timeout=_CALL_S)
         return answer
 
-    async def _look(self, stub: router_pb2_grpc.RouterServiceStub, leader: router_pb2.Leader, view: ModelView) -> None:
+    async def _look(
+        self, address: str, stub: router_pb2_grpc.RouterServiceStub, leader: router_pb2.Leader, view: ModelView
+    ) -> None:
         model = leader.model
         workers = await stub.ListWorkers(router_pb2.ListWorkersRequest(model=model), timeout=_CALL_S)
-        view.accounting = await self._accounting(stub, model)
+        accounting = await self._accounting(stub, model)
         if not view.policy or self._round % _POLICY_EVERY == 0:
             policy = await stub.GetPolicy(router_pb2.GetPolicyRequest(model=model), timeout=_CALL_S)
             view.policy = json.loads(policy.policy_json)
+        if not self._believed(leader, view):  # the leader has answered meanwhile
+            return
+        view.accounting, view.router = accounting, address
         view.workers = list(workers.workers)
         view.leader, view.epoch, view.by_leader = leader.router, leader.epoch, leader.self
         view.heard_at = self._now()

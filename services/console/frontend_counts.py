@@ -76,7 +76,7 @@ class FrontendCounts:
         now: Callable[[], float],
         pause: Callable[[], Awaitable[None]],
     ) -> None:
-        self._urls = urls
+        self._urls = tuple(dict.fromkeys(urls))
         self._on_counts = on_counts
         self._now = now
         self._pause = pause
@@ -87,10 +87,10 @@ class FrontendCounts:
     async def run(self) -> None:
         while self._urls:
             await asyncio.gather(*(self._look(url) for url in self._urls))
-            if len(self._last) == len(self._urls):
+            if any(0 < missed < _PATIENCE for missed in self._misses.values()):
+                await asyncio.sleep(ASK_S)  # what a frontend counts before its first answer is lost
+            else:
                 await self._pause()
-            else:  # requests before the first answer count nowhere
-                await asyncio.sleep(ASK_S)
 
     async def _look(self, url: str) -> None:
         try:

@@ -319,10 +319,12 @@ async def test_lookups_with_a_password_and_another_database() -> None:
     async with RedisServer() as server:
         first = await connect(server.url)
         await first.call("CONFIG", "SET", "requirepass", "p@ss/word")
-        client = await connect(server.url.replace("//", "//:p%40ss%2Fword@").replace("/0", "/3"))
+        client = await connect(f"redis://:p%40ss%2Fword@127.0.0.1:{server.port}/3")
+        assert "db3" not in await client.call("INFO", "keyspace")
         registry, index = RedisRegistry(client, "c"), RedisPrefixIndex(client, "c")
         worker = await registry.register(spec("w1", 1), ttl_s=TTL_S)
         await index.update(worker, add=chain(1, 2), remove=[])
         assert await index.lookup(MODEL, packed(chain(1, 2, 3))) == {worker.slot: 2}
+        assert "db3" in await client.call("INFO", "keyspace")
         await client.aclose()
         await first.aclose()

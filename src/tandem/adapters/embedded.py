@@ -107,7 +107,7 @@ def redis_command(*, port: int, folder: Path, changed: Mapping[str, str] | None 
     ``folder`` gets its Unix socket, which costs both sides half of what loopback does; the port listens, too. A path
     too long for a socket leaves the port alone. ``changed``: options of the server that are to differ.
     """
-    listening = folder / "redis.sock"
+    listening = (folder / "redis.sock").absolute()
     url = f"redis://{HOST}:{port}/0"
     options = {
         "bind": HOST,

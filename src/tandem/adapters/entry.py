@@ -5,11 +5,13 @@ Exit status: 0 after an orderly end, 2 for a user's mistake (ConfigError, Incomp
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import sys
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
@@ -35,7 +37,8 @@ def run_service(cls: type[S], main: Callable[[S], Coroutine[Any, Any, None]], *,
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
-        os.nice(nice)
+        if nice:
+            _give_way(nice)
         collect_rarely()
         sys.setswitchinterval(THREADS_YIELD_S)
         uvloop.run(main(settings))
@@ -49,6 +52,14 @@ def run_service(cls: type[S], main: Callable[[S], Coroutine[Any, Any, None]], *,
         _fail(_first(known))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _give_way(nice: int) -> None:
+    """Where the kernel shares its processors between sessions, it is the session's niceness that counts (sched(7))."""
+    with contextlib.suppress(OSError):
+        os.nice(nice)
+        if os.getsid(0) == os.getpid():
+            Path("/proc/self/autogroup").write_text(str(nice))
 
 
 def collect_rarely() -> None:

@@ -80,7 +80,8 @@ class LocalCluster:
         if not sources.nats_url:
             self._servers.append(nats_command(port=free_port(), store_dir=run_dir.kept / "jetstream"))
         if not sources.redis_url:
-            self._servers.append(redis_command(port=free_port(), folder=run_dir.path))
+            # Not in the run folder: that may go when its user logs out (XDG_RUNTIME_DIR), and the cluster stay.
+            self._servers.append(redis_command(port=free_port(), folder=run_dir.kept))
         urls = {server.name: server.url for server in self._servers}
         deployment_file = run_dir.path / DEPLOYMENT
         deployment_file.write_text(deployment.to_yaml())
