@@ -15,7 +15,8 @@ from bench.serve.load import Line, chat, prompts
 from bench.serve.stacks import Engines
 
 ZERO = Engines("zero")
-PACED = Engines("paced", step_s=0.010)
+#: So much KV cache that its use, on which the mocker's steps depend, stays near nothing.
+PACED = Engines("paced", step_s=0.010, kv_blocks=262_144)
 #: Four workers, none of which can hold all prefixes; together they can.
 SMALL_CACHES = Engines("prefix", workers=4, step_s=None, kv_blocks=3072, block_size=16)
 

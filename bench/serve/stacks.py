@@ -157,6 +157,20 @@ def sim_args(engines: Engines) -> dict[str, Any]:
     return args | {"terms": {name: value / 1e3 for name, value in terms.items()}}
 
 
+_ENDLESS = 1e9
+
+
+def _mocker_speed(step_s: float | None) -> str:
+    """Paced, a prompt adds nothing to a step, as in our simulated engine: the mocker's own 17 ms for it would make its
+    steps longer and rarer than ours, and each of its frames a bigger one."""
+    if step_s is None:
+        return "--speedup-ratio 1"
+    # A ratio of 0 does not mean infinite, whatever the mocker's help says.
+    if step_s == 0.0:
+        return f"--speedup-ratio {_ENDLESS}"
+    return f"--speedup-ratio {_ENDLESS} --decode-speedup-ratio {_DECODE_MS / 1e3 / step_s / _ENDLESS}"
+
+
 @dataclass
 class Dynamo(Stack):
     engines: Engines
@@ -168,9 +182,7 @@ class Dynamo(Stack):
     def __enter__(self) -> Self:
         port = _room_for_ports()
         engines = self.engines
-        # A ratio of 0 does not mean infinite here, whatever its help says; 5.74 ms is the mocker's shortest step.
-        ratio = 1e9 if engines.step_s == 0.0 else 1.0 if engines.step_s is None else _DECODE_MS / 1e3 / engines.step_s
-        mocker = f"--speedup-ratio {ratio} --max-num-seqs 512 --block-size {engines.block_size}"
+        mocker = f"{_mocker_speed(engines.step_s)} --max-num-seqs 512 --block-size {engines.block_size}"
         mocker += f" --num-gpu-blocks-override {engines.kv_blocks}"
         command = [str(self.kit / "up.sh"), self._instance, str(port), "kv", str(engines.workers), mocker, ""]
         done = subprocess.run(["bash", *command], env=self._env, capture_output=True, text=True, timeout=_START_S)
