@@ -14,7 +14,8 @@ takes under load; the rest is the cost of a placement. Where the driver's share 
 what is measured.
 
 **How long** (``--latency``). Requests arrive at random times, each by itself; load reports are sent each millisecond,
-and what workers have to say at once. Four times, from the inside out: a look at the queue that placed something and the
+and what workers have to say at once. Redis runs on whichever core is free, as it does where nobody pins it: mostly the
+router's, which waits for it. Four times, from the inside out: a look at the queue that placed something and the
 look-up in the index (both from the router's histograms, interpolated within a bucket), from the request's arrival at
 the router to its assignment (which the assignment itself says), and from the driver's publish to the assignment back at
 the driver.
@@ -254,6 +255,8 @@ async def open_bench(workers: int, blocks: int, *, fine: bool) -> AsyncIterator[
             bus = await NatsBus.connect(nats.url, name="driver")
             port = free_port()
             async with router(nats.url, redis.url, Path(name), port) as pid:
+                if fine:
+                    os.sched_setaffinity(redis.pid, range(os.cpu_count() or 1))
                 driver = Driver(bus, specs, load, fine=fine)
                 await driver.begin()
                 await driver.run(0.0, QUIET_S)  # the new leader has told every worker of itself

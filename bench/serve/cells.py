@@ -124,6 +124,7 @@ ALL: list[Cell] = [
     Cell(engines=PACED, isl=128, osl=32, concurrency=1, count=50, seconds=3),
     Cell(engines=PACED, isl=128, osl=32, concurrency=64, count=1200, seconds=4),
     Cell(engines=PACED, isl=128, osl=32, rate=150, seconds=5),
+    Cell(engines=PACED, isl=128, osl=32, rate=250, seconds=5),
     Cell(engines=PACED, isl=1024, osl=128, rate=30, seconds=6),
     Cell(engines=SMALL_CACHES, workload="prefixes", rate=20, seconds=120),
     Cell(engines=SMALL_CACHES, workload="chats", rate=4, seconds=120),

@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 DRAIN_S = 5.0
 #: Requests a second that each frontend has traced for the console, whatever the share of the rest: somebody who tries
 #: it out sees every request, and a load test costs no more than this.
-TRACES_PER_S = 5
+TRACES_PER_S = 2
 
 
 class Kind(Enum):
