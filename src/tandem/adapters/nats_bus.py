@@ -2,8 +2,8 @@
 
 Publishing appends to a buffer that leaves in one write per turn of the event loop, or at once; messages are handed to
 their handlers straight from the socket's callback. No task, queue or lock per message: that is what it buys over
-nats-py (docs/decisions/library-clients.md). While the server is away or slow, publishing goes on into the buffer, whose bound
-is an error. Also here: TLS, user and password or token, several servers, reconnecting without limit.
+nats-py (docs/decisions/library-clients.md). While the server is away or slow, publishing goes on into the buffer, whose
+bound is an error. Also here: TLS, user and password or token, several servers, reconnecting without limit.
 """
 
 from __future__ import annotations
