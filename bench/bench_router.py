@@ -3,7 +3,7 @@
     python -m bench.bench_router [--workers 8 64 256 512 1000] [--rates 1000] [--blocks 1000000]
     python -m bench.bench_router --latency [--workers 256] [--rates 100 300]
 
-A real router process on a core of its own; NATS, Redis and this driver share the rest. The driver plays the frontends
+A real router process on one core; NATS, Redis and this driver share the rest. The driver plays the frontends
 (prompts of 1,000 tokens, four fifths of which begin like something that a worker holds) and the workers: they report
 their load ten times a second each, and tell of every request at once that its prompt is computed, that it decodes and
 that it has ended. So all the router's work is there, and no engine. The prefix index holds ``--blocks`` blocks.
@@ -14,11 +14,10 @@ takes under load; the rest is the cost of a placement. Where the driver's share 
 what is measured.
 
 **How long** (``--latency``). Requests arrive at random times, each by itself; load reports are sent each millisecond,
-and what workers have to say at once. Redis runs on whichever core is free, as it does where nobody pins it: mostly the
-router's, which waits for it. Four times, from the inside out: a look at the queue that placed something and the
-look-up in the index (both from the router's histograms, interpolated within a bucket), from the request's arrival at
-the router to its assignment (which the assignment itself says), and from the driver's publish to the assignment back at
-the driver.
+and what workers have to say at once. Redis may use all cores here: mostly it runs on the router's, which waits for it.
+Four times, from the inside out: a look at the queue that placed something and the look-up in the index (both from the
+router's histograms, interpolated within a bucket), from the request's arrival at the router to its assignment (which
+the assignment itself says), and from the driver's publish to the assignment back at the driver.
 """
 
 from __future__ import annotations
@@ -58,6 +57,7 @@ from tandem.wire import codec, subjects
 
 CLUSTER, MODEL, FRONTEND = "bench", "bench", "driver"
 BLOCK, PROMPT_TOKENS, OUTPUT_TOKENS = 16, 1000, 100
+CORES = sorted(os.sched_getaffinity(0))
 TICK_S, FINE_TICK_S, REPORT_S, START_S, QUIET_S = 0.005, 0.001, 0.1, 60.0, 3.0
 KV_BLOCKS = 65_536
 ENDED = (bus_pb2.PHASE_PREFILL_DONE, bus_pb2.PHASE_DECODING, bus_pb2.PHASE_FINISHED)
@@ -256,7 +256,7 @@ async def open_bench(workers: int, blocks: int, *, fine: bool) -> AsyncIterator[
             port = free_port()
             async with router(nats.url, redis.url, Path(name), port) as pid:
                 if fine:
-                    os.sched_setaffinity(redis.pid, range(os.cpu_count() or 1))
+                    os.sched_setaffinity(redis.pid, CORES)
                 driver = Driver(bus, specs, load, fine=fine)
                 await driver.begin()
                 await driver.run(0.0, QUIET_S)  # the new leader has told every worker of itself
@@ -403,8 +403,7 @@ def main() -> None:
     add("--seconds", type=float, default=5.0, help="of each rate")
     add("--output", type=Path, default=Path("build/bench-router.json"))
     args = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[1:] or cores)  # and with it NATS and Redis
+    os.sched_setaffinity(0, CORES[1:] or CORES)  # and with it NATS and Redis
     part = latency if args.latency else measure
     fleets = args.workers or ([256] if args.latency else [64, 256])
     rates = args.rates or ([100.0, 300.0] if args.latency else [1000.0, 2000.0, 3000.0, 4000.0])

@@ -51,7 +51,7 @@ class StandIn:
         self.submits: list[bytes] = []
         self.handlers: dict[str, Handler] = {}
 
-    def publish(self, subject: str, data: bytes, reply: str = "", *, at_once: bool = False) -> None:
+    def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         self.submits.extend(bus_pb2.Submits.FromString(data).submits)
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> StandIn:

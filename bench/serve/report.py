@@ -127,7 +127,7 @@ GOALS: list[Goal] = [
     Goal("CPU of frontend + router, over Dynamo's frontend", LONG, routing_cpu, 0.15),
     Goal("CPU of frontend + router, over Dynamo's frontend", "zero 1024/128 c256", routing_cpu, 0.15),
     Goal("the same with HF's tokenizers", LONG, routing_cpu, 0.65, ours="tandem-hf"),
-    Goal("the same, steps of 10 ms at equal load", "paced 128/32 c64", routing_cpu, 0.4),
+    Goal("the same, steps of 10 ms at equal concurrency", "paced 128/32 c64", routing_cpu, 0.4),
     Goal("the same, steps of 10 ms at equal load", "paced 128/32 150/s", routing_cpu, 0.4),
     Goal("the same, steps of 10 ms at equal load", "paced 128/32 250/s", routing_cpu, 0.4),
     Goal("the same, steps of 10 ms at equal load", "paced 1024/128 30/s", routing_cpu, 0.4),

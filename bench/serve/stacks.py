@@ -160,8 +160,10 @@ def sim_args(engines: Engines) -> dict[str, Any]:
 _ENDLESS = 1e9
 
 
-def _mocker_speed(step_s: float | None) -> str:
-    """Paced, a prompt adds nothing to a step, as in our simulated engine: the mocker's own 17 ms for it would make its
+def _mocker_timing(step_s: float | None) -> str:
+    """Its options: as it is by default, of no cost, or paced. The two ratios multiply where a step decodes.
+
+    Paced, a prompt adds nothing to a step, as in our simulated engine: the mocker's own 17 ms for it would make its
     steps longer and rarer than ours, and each of its frames a bigger one."""
     if step_s is None:
         return "--speedup-ratio 1"
@@ -182,7 +184,7 @@ class Dynamo(Stack):
     def __enter__(self) -> Self:
         port = _room_for_ports()
         engines = self.engines
-        mocker = f"{_mocker_speed(engines.step_s)} --max-num-seqs 512 --block-size {engines.block_size}"
+        mocker = f"{_mocker_timing(engines.step_s)} --max-num-seqs 512 --block-size {engines.block_size}"
         mocker += f" --num-gpu-blocks-override {engines.kv_blocks}"
         command = [str(self.kit / "up.sh"), self._instance, str(port), "kv", str(engines.workers), mocker, ""]
         done = subprocess.run(["bash", *command], env=self._env, capture_output=True, text=True, timeout=_START_S)

@@ -258,7 +258,6 @@ class Cluster:
                 subjects.requests(self._cluster, model, router),
                 bus_pb2.Submits(submits=batch.messages).SerializeToString(),
                 subjects.bounce_of(self._cluster, self._instance, "router:" + router),
-                at_once=True,  # it is all of this turn
             )
         except TandemError as error:  # too large for the bus, or its buffer is full
             for journey in batch.journeys:

@@ -464,10 +464,8 @@ class ModelRouter:
                         case Recall():
                             self._recall(effect.request.key)
             finally:
-                left = len(letters)
                 for worker, letter in letters.items():
-                    left -= 1
-                    self._send(worker, letter, last=not left)
+                    self._send(worker, letter)
         at = self.scheduler.next_wakeup(now)
         if at is not None:
             self._wake_at(max(at, now + (0.001 if may_place else NOT_NOW_S)), now)
@@ -517,14 +515,13 @@ class ModelRouter:
             submitted.stay = None
         self._metrics.placed(effect, leg, now)
 
-    def _send(self, worker: str, letter: _Letter, *, last: bool = False) -> None:
+    def _send(self, worker: str, letter: _Letter) -> None:
         self._letters += 1
         self._sent[self._letters] = worker, letter.keys
         if len(self._sent) > MOST_SENT:
             del self._sent[next(iter(self._sent))]
         reply = subjects.and_number(subjects.bounce_of(self._cluster, self._bounce_name, worker), self._letters)
-        data = letter.message.SerializeToString()
-        if not self._publish(subjects.work(self._cluster, worker), data, reply, at_once=last):
+        if not self._publish(subjects.work(self._cluster, worker), letter.message.SerializeToString(), reply):
             for key in letter.keys:
                 self._fail(key, WorkerLostError(f"assignment to {worker} could not be sent"))
 
@@ -555,9 +552,9 @@ class ModelRouter:
         )
         self._publish(subjects.tokens(self._cluster, frontend), frame.SerializeToString(), "")
 
-    def _publish(self, subject: str, data: bytes, reply: str, *, at_once: bool = False) -> bool:
+    def _publish(self, subject: str, data: bytes, reply: str) -> bool:
         try:
-            self._bus.publish(subject, data, reply, at_once=at_once)
+            self._bus.publish(subject, data, reply)
         except (BusUnavailable, PayloadTooLarge) as error:
             log.warning("not sent to %s: %s", subject, error)
             return False

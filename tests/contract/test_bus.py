@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import nats
 import pytest
 
 from tandem.adapters.bus import Bus, Message
-from tandem.adapters.embedded import HOST, NatsServer
+from tandem.adapters.embedded import NatsServer
 from tandem.adapters.memory_bus import MemoryBus, MemoryHub, matches
 from tandem.adapters.nats_bus import NatsBus, NatsOptions
 from tandem.errors import BusUnavailable, ConfigError, NoWorkers, PayloadTooLarge, RequestTimeout
@@ -478,29 +477,3 @@ async def test_it_comes_back_even_when_the_server_threw_it_out(server: NatsServe
 )
 def test_wildcard_matching(pattern: str, subject: str, expected: bool) -> None:
     assert matches(pattern, subject) is expected
-
-
-async def test_at_once_is_on_its_way_before_the_turn_ends() -> None:
-    """With what was published before it, and in that order."""
-    async with NatsServer() as server:
-        bus = await NatsBus.connect(server.url)
-        with socket.create_connection((HOST, server.port), timeout=LONG_S) as listener:
-            lines = listener.makefile("rb")
-            lines.readline()  # INFO
-            listener.sendall(b'CONNECT {"verbose":false}\r\nSUB a.> 1\r\nPING\r\n')
-            assert lines.readline() == b"PONG\r\n"
-            bus.publish("a.first", b"1")
-            bus.publish("a.second", b"2", at_once=True)
-            said = [lines.readline() for _ in range(4)]  # blocks the loop: nothing leaves by a later turn
-        assert said == [b"MSG a.first 1 1\r\n", b"1\r\n", b"MSG a.second 1 1\r\n", b"2\r\n"]
-        await bus.close()
-
-
-async def test_at_once_while_the_server_is_away_waits_for_it(world: World) -> None:
-    bus = await world.connect()
-    heard: list[bytes] = []
-    await bus.subscribe("a", lambda message: heard.append(message.data))
-    await world.stop()
-    bus.publish("a", b"1", at_once=True)
-    await world.start()
-    await until(lambda: heard == [b"1"])

@@ -100,12 +100,9 @@ class Bus(Protocol):
         """Bytes that one message may carry."""
         ...
 
-    def publish(self, subject: str, data: bytes, reply: str = "", *, at_once: bool = False) -> None:
+    def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         """Buffers and returns. PayloadTooLarge over ``max_payload``; BusUnavailable when closed or the buffer is
-        full; ValueError for what is no subject.
-
-        What is buffered leaves together at the end of the event loop's turn; ``at_once``: now, for whoever knows that
-        nothing follows. That spares a turn."""
+        full; ValueError for what is no subject."""
         ...
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:

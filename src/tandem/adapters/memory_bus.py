@@ -99,7 +99,7 @@ class MemoryBus:
     def max_payload(self) -> int:
         return self.hub.max_payload
 
-    def publish(self, subject: str, data: bytes, reply: str = "", *, at_once: bool = False) -> None:
+    def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         if len(data) > self.max_payload:
             raise PayloadTooLarge(f"{len(data)} bytes; one message carries at most {self.max_payload}")
         _check_subject(subject)

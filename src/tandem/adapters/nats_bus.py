@@ -1,9 +1,9 @@
 """The bus over NATS: one connection, kept up for the life of the process.
 
-Publishing appends to a buffer that leaves in one write per turn of the event loop, or at once; messages are handed to
-their handlers straight from the socket's callback. No task, queue or lock per message: that is what it buys over
-nats-py (docs/decisions/library-clients.md). While the server is away or slow, publishing goes on into the buffer, whose
-bound is an error. Also here: TLS, user and password or token, several servers, reconnecting without limit.
+Publishing appends to a buffer that leaves in one write per turn of the event loop; messages are handed to their
+handlers straight from the socket's callback. No task, queue or lock per message: that is what it buys over nats-py
+(docs/decisions/library-clients.md). While the server is away or slow, publishing goes on into the buffer, whose bound
+is an error. Also here: TLS, user and password or token, several servers, reconnecting without limit.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class NatsBus:
     def max_payload(self) -> int:
         return self._max_payload
 
-    def publish(self, subject: str, data: bytes, reply: str = "", *, at_once: bool = False) -> None:
+    def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         if len(data) > self._max_payload:
             raise PayloadTooLarge(f"{len(data)} bytes; one message carries at most {self._max_payload}")
         command = protocol.publish(subject, reply, data)
@@ -133,9 +133,7 @@ class NatsBus:
             raise BusUnavailable(f"{self._out_bytes} bytes wait for NATS already; {self._last_error or 'it is slow'}")
         self._out.append(command)
         self._out_bytes += len(command)
-        if at_once:
-            self._write_out()
-        elif not self._write_scheduled:
+        if not self._write_scheduled:
             self._write_scheduled = True
             self._loop.call_soon(self._write_out)
 

@@ -146,7 +146,7 @@ async def test_what_is_cancelled_within_its_turn_is_not_submitted(world: World) 
 
 
 async def test_each_of_a_message_that_the_bus_refuses_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(subject: str, data: bytes, reply: str = "", *, at_once: bool = False) -> None:
+    def refuse(subject: str, data: bytes, reply: str = "") -> None:
         raise BusUnavailable("its buffer is full")
 
     monkeypatch.setattr(world.cluster._bus, "publish", refuse)

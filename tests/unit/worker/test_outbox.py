@@ -28,7 +28,7 @@ class FullBus:
         self.room = room
         self.sent: list[tuple[str, bytes, str]] = []
 
-    def publish(self, subject: str, data: bytes, reply: str = "", *, at_once: bool = False) -> None:
+    def publish(self, subject: str, data: bytes, reply: str = "") -> None:
         if len(data) > self.max_payload:
             raise PayloadTooLarge("too large")
         if len(self.sent) == self.room:
