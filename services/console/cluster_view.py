@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,12 +69,16 @@ class ClusterView:
             if self._watch.on or self._round % _ALL_EVERY == 0:
                 await self.look()
             else:
-                await self._each(self._queues)
+                await self.look_at_queues()
             self._round += 1
             await self._watch.pause()
 
     async def look(self) -> None:
-        await self._each(self._all)
+        await self._each(self._all, self._routers)
+
+    async def look_at_queues(self) -> None:
+        """Leaders only are asked, and whether others answer stays what it was."""
+        await self._each(self._queues, {view.router for view in self.models.values() if view.router})
 
     async def close(self) -> None:
         for channel in self._routers.values():
@@ -88,8 +92,8 @@ class ClusterView:
     def in_flight(self) -> int:
         return sum(view.accounting.in_flight for view in self.models.values())
 
-    async def _each(self, ask: _Question) -> None:
-        await asyncio.gather(*(self._ask(address, ask) for address in self._routers))
+    async def _each(self, ask: _Question, routers: Iterable[str]) -> None:
+        await asyncio.gather(*(self._ask(address, ask) for address in routers))
 
     async def _ask(self, address: str, ask: _Question) -> None:
         try:

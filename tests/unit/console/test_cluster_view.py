@@ -59,3 +59,17 @@ async def test_a_leader_that_answers_is_believed_however_seldom_it_is_asked() ->
             await view.look()
             now += SELDOM_S
         assert (view.queued, view.models[MODEL].router) == (7, leader)
+
+
+async def test_a_router_that_is_gone_stays_gone_while_only_queues_are_asked() -> None:
+    async with AsyncExitStack() as stack:
+        leader = await stack.enter_async_context(serving(Router(leads=True, late_s=0.0, queued=7)))
+        async with serving(Router(leads=False, late_s=0.0, queued=0)) as standby:
+            view = ClusterView([MODEL], [leader, standby], lambda: 100.0, Watch(lambda: 0, lambda: 100.0))
+            stack.push_async_callback(view.close)
+            await view.look()
+            assert view.answering == {leader: True, standby: True}
+        await view.look()
+        await view.look_at_queues()
+        assert view.answering == {leader: True, standby: False}
+        assert view.queued == 7
