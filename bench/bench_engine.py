@@ -47,11 +47,11 @@ TCP, SHARED = "tcp,self", "posix,cma,self,tcp"
 
 
 @contextlib.contextmanager
-def tandem(pools: list[dict[str, Any]], folder: Path, env: dict[str, str] | None = None) -> Iterator[str]:
+def tandem(pools: list[dict[str, Any]], folder: Path, dtype: str, env: dict[str, str] | None = None) -> Iterator[str]:
     """The URL of a cluster of real engines."""
     folder = Path(tempfile.mkdtemp(dir=folder))
     port = free_port()
-    model = {"name": MODEL, "path": MODEL, "max_model_len": 8192, "dtype": "bfloat16", "pools": pools}
+    model = {"name": MODEL, "path": MODEL, "max_model_len": 8192, "dtype": dtype, "pools": pools}
     deployment = {"cluster": "bench", "http": {"port": port}, "grpc": {"port": free_port()}, "models": [model]}
     deployment["console"] = {"enabled": False}
     # What is measured is the split itself: each phase stays with the worker whose role it is.
@@ -141,11 +141,11 @@ async def alone(url: str, vocabulary: list[str], requests: int = 8) -> dict[str,
     return {"ttft_ms": _summary(firsts), "itl_ms": _summary(gaps)}
 
 
-def bare(vocabulary: list[str], requests: int = 8) -> dict[str, Any]:
+def bare(vocabulary: list[str], dtype: str, requests: int = 8) -> dict[str, Any]:
     """vLLM by itself, in a process of its own: what Tandem sets on a CPU, no frontend, router, bus or worker."""
     words_file = json.dumps(vocabulary[:2000])
     done = subprocess.run(
-        [sys.executable, "-m", "bench.bench_engine", "--bare", str(requests)],
+        [sys.executable, "-m", "bench.bench_engine", "--bare", str(requests), "--dtype", dtype],
         input=words_file, capture_output=True, text=True, check=False, timeout=400,
         env=os.environ | BARE_ENV,
     )  # fmt: skip
@@ -155,10 +155,12 @@ def bare(vocabulary: list[str], requests: int = 8) -> dict[str, Any]:
     return found
 
 
-async def _bare(requests: int) -> None:
+async def _bare(requests: int, dtype: str) -> None:
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from tandem.engine.vllm_start import multiplies_bf16
 
     vocabulary = json.loads(sys.stdin.read())
     folder = str(resolve_model(MODEL))
@@ -166,7 +168,7 @@ async def _bare(requests: int) -> None:
         AsyncEngineArgs(
             model=folder,
             max_model_len=8192,
-            dtype="bfloat16",
+            dtype="float32" if dtype == "auto" and not multiplies_bf16() else dtype,
             kv_cache_memory_bytes=512 << 20,
             block_size=32,
             max_num_batched_tokens=256,
@@ -228,11 +230,12 @@ def main() -> None:
     add("--seconds", type=float, default=40, help="of each mixed run")
     add("--chunks", type=int, nargs="*", default=[128, 256, 512, 1024])
     add("--parts", nargs="*", default=["disagg", "overhead", "transfer"])
+    add("--dtype", default="auto", help="of weights and KV; auto: bfloat16 where this CPU has instructions for it")
     add("--output", type=Path, default=Path("build/bench-engine.json"))
     add("--bare", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
-        asyncio.run(_bare(options.bare))
+        asyncio.run(_bare(options.bare, options.dtype))
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
     vocabulary = words(resolve_model(MODEL) / "tokenizer.json")
@@ -246,19 +249,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as name:
         folder = Path(name)
         if "disagg" in options.parts:
-            with tandem([pool("prefill"), pool("decode")], folder) as url:
+            with tandem([pool("prefill"), pool("decode")], folder, options.dtype) as url:
                 keep("1 prefill + 1 decode", asyncio.run(mixed(url, vocabulary, options.seconds)))
             for chunk in options.chunks:
-                with tandem([pool("aggregated", 2, max_num_batched_tokens=chunk)], folder) as url:
+                with tandem([pool("aggregated", 2, max_num_batched_tokens=chunk)], folder, options.dtype) as url:
                     keep(f"2 aggregated, chunk {chunk}", asyncio.run(mixed(url, vocabulary, options.seconds)))
         if "overhead" in options.parts:
-            keep("bare engine", bare(vocabulary))
-            with tandem([pool("aggregated")], folder) as url:
+            keep("bare engine", bare(vocabulary, options.dtype))
+            with tandem([pool("aggregated")], folder, options.dtype) as url:
                 keep("through Tandem", asyncio.run(alone(url, vocabulary)))
         if "transfer" in options.parts:
             for tls in (TCP, SHARED):
                 place = Path(tempfile.mkdtemp(dir=folder))
-                with tandem([pool("prefill"), pool("decode")], place, {"UCX_TLS": tls}) as url:
+                with tandem([pool("prefill"), pool("decode")], place, options.dtype, {"UCX_TLS": tls}) as url:
                     asyncio.run(transfers(url, vocabulary))
                     keep(f"KV transfer, UCX_TLS={tls}", rate_of(place))
     print(f"All of it: {options.output}")

@@ -71,7 +71,11 @@ class Model(_Part):
     block_size: Annotated[int, Field(ge=1, le=1024)] = Field(
         32, description="tokens of a KV block; a multiple of 32 on a CPU"
     )
-    dtype: str = Field("auto", description="of weights and KV: bfloat16, float16, float32 or auto")
+    dtype: str = Field(
+        "auto",
+        description="of weights and KV: bfloat16, float16, float32, or auto: the model's own; on a CPU without "
+        "instructions for bfloat16, float32",
+    )
     kv_lease_s: Annotated[float, Field(gt=2, le=600)] = Field(
         30.0, description="how long a prefill worker holds KV that nobody pulls, seconds"
     )

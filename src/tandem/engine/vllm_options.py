@@ -84,14 +84,18 @@ def environment(
     return required, defaults
 
 
-def engine_args(config: EngineConfig, own: dict[str, Any], *, cpu: bool, parent_pid: int) -> dict[str, Any]:
-    """AsyncEngineArgs as a dict, without KV transfer and KV events."""
+def engine_args(
+    config: EngineConfig, own: dict[str, Any], *, cpu: bool, parent_pid: int, fast_bf16: bool = True
+) -> dict[str, Any]:
+    """AsyncEngineArgs as a dict, without KV transfer and KV events. ``fast_bf16``: whether the processor has
+    instructions for it; where it has none a prompt in bfloat16 takes six times as long as in float32, so ``auto`` is
+    the latter."""
     args: dict[str, Any] = {
         "model": config.model_path,
         "served_model_name": config.served_model,
         "max_model_len": config.max_model_len,
         "block_size": config.block_size,
-        "dtype": config.dtype,
+        "dtype": config.dtype if fast_bf16 or config.dtype != "auto" else "float32",
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
         "disable_log_stats": True,  # our own logger still gets them; vLLM's prints lines

@@ -129,7 +129,7 @@ def _vllm_config(
     from vllm.platforms import current_platform
 
     cpu = current_platform.is_cpu()
-    args = engine_args(config, own, cpu=cpu, parent_pid=os.getpid())
+    args = engine_args(config, own, cpu=cpu, parent_pid=os.getpid(), fast_bf16=not cpu or multiplies_bf16())
     if unknown := set(args) - {f.name for f in dataclasses.fields(AsyncEngineArgs)}:
         raise ConfigError(f"vLLM has no engine argument {', '.join(sorted(unknown))}", param="engine_args")
     if cpu and args.get("enforce_eager"):
@@ -223,6 +223,11 @@ def _device_of(address: str) -> str:
                 if socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]) == address:
                     return name
     return ""
+
+
+def multiplies_bf16() -> bool:
+    """By oneDNN's own word, which does the CPU's matrix products: AVX-512 or better, or Arm's extension."""
+    return bool(importlib.import_module("torch").ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _check_room(vllm_config: Any) -> None:

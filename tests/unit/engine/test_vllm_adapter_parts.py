@@ -50,6 +50,16 @@ def test_cpu_settings_only_on_a_cpu() -> None:
     assert "kv_buffer_device" not in kv_transfer_args(config(), "e", cpu=False)
 
 
+def test_auto_is_float32_where_bfloat16_is_slow_and_a_given_type_stands() -> None:
+    given = dataclasses.replace(config(), dtype="bfloat16")
+    for asked, fast, expected in (
+        (config(), True, "auto"),
+        (config(), False, "float32"),
+        (given, False, "bfloat16"),
+    ):
+        assert engine_args(asked, {}, cpu=True, parent_pid=1, fast_bf16=fast)["dtype"] == expected
+
+
 def test_a_block_size_that_the_cpu_kernel_lacks_is_named() -> None:
     with pytest.raises(ConfigError, match="multiple of 32"):
         engine_args(config(), {"block_size": 16}, cpu=True, parent_pid=1)
