@@ -171,3 +171,8 @@ async def test_a_path_too_long_for_a_socket_leaves_redis_its_port(tmp_path: Path
     command = redis_command(port=free_port(), folder=tmp_path / ("long" * 30))
     assert command.url == f"redis://127.0.0.1:{command.port}/0"
     assert "--unixsocket" not in command.argv
+
+
+async def test_the_packaged_redis_allocates_by_the_packaged_allocator() -> None:
+    async with RedisServer() as server:
+        assert "libmimalloc" in Path(f"/proc/{server.pid}/maps").read_text()

