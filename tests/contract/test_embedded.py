@@ -175,4 +175,4 @@ async def test_a_path_too_long_for_a_socket_leaves_redis_its_port(tmp_path: Path
 
 async def test_the_packaged_redis_allocates_by_the_packaged_allocator() -> None:
     async with RedisServer() as server:
-        assert "libmimalloc" in Path(f"/proc/{server.pid}/maps").read_text()
+        assert "libmimalloc" in Path(f"/proc/{server.pid}/maps").read_text()  # noqa: ASYNC240
