@@ -207,7 +207,7 @@ class StoreUnavailable(TandemError):
 class IncompatibleWorker(TandemError):
     code = "incompatible_worker"
     meaning = "A worker differs from the others of its model in something that they must share."
-    hint = "Start all workers of a model with the same version, dtype and block size."
+    hint = "Start all workers of a model with the same version, dtype and block size; dtype auto goes by the CPU."
 
 
 class ConfigError(TandemError):

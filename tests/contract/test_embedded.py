@@ -17,6 +17,7 @@ from tandem.adapters.embedded import (
     check_port,
     free_port,
     nats_command,
+    preloading,
     redis_command,
 )
 from tandem.adapters.nats_bus import NatsBus
@@ -176,3 +177,17 @@ async def test_a_path_too_long_for_a_socket_leaves_redis_its_port(tmp_path: Path
 async def test_the_packaged_redis_allocates_by_the_packaged_allocator() -> None:
     async with RedisServer() as server:
         assert "libmimalloc" in Path(f"/proc/{server.pid}/maps").read_text()  # noqa: ASYNC240
+
+
+def test_an_allocator_that_does_not_load_is_done_without(tmp_path: Path) -> None:
+    command = redis_command(port=free_port(), folder=tmp_path)
+    binary, whole = Path(command.argv[0]), Path(command.env["LD_PRELOAD"])
+    broken = tmp_path / whole.name
+    broken.write_bytes(whole.read_bytes().replace(b"libatomic.so.1", b"libnowhere.so1"))
+    assert preloading(binary, whole) == command.env
+    assert not preloading(binary, broken)
+
+
+def test_who_preloads_an_allocator_has_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "")
+    assert not redis_command(port=free_port(), folder=tmp_path).env

@@ -73,8 +73,9 @@ class Model(_Part):
     )
     dtype: str = Field(
         "auto",
-        description="of weights and KV: bfloat16, float16, float32, or auto: the model's own; on a CPU without "
-        "instructions for bfloat16, float32",
+        description="of weights and KV: bfloat16, float16, float32, or auto: the model's own; on a CPU that is slow at "
+        "bfloat16 (x86 without AVX-512) float32, which takes twice the memory. All workers of a model must come to the "
+        "same: where hosts differ, name one",
     )
     kv_lease_s: Annotated[float, Field(gt=2, le=600)] = Field(
         30.0, description="how long a prefill worker holds KV that nobody pulls, seconds"

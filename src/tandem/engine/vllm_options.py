@@ -19,7 +19,7 @@ from tandem.errors import ConfigError
 #: tokens KV was free 1.1 s after a cancelled prefill of SmolLM2-135M, with 256 after 0.6 s, at the same time to the
 #: first token (tests/e2e/test_real_faults.py prints it).
 _CPU_CHUNK_TOKENS = 256
-_CPU_KV_BYTES = 512 << 20
+_CPU_KV_BYTES = 512 << 20  # of 16 bits; of 32 twice as much
 _CPU_SEQUENCES = 32
 #: The CPU attention kernel's granularity.
 _CPU_BLOCK_MULTIPLE = 32
@@ -85,17 +85,18 @@ def environment(
 
 
 def engine_args(
-    config: EngineConfig, own: dict[str, Any], *, cpu: bool, parent_pid: int, fast_bf16: bool = True
+    config: EngineConfig, own: dict[str, Any], *, cpu: bool, parent_pid: int, slow_bf16: bool = False
 ) -> dict[str, Any]:
-    """AsyncEngineArgs as a dict, without KV transfer and KV events. ``fast_bf16``: whether the processor has
-    instructions for it; where it has none a prompt in bfloat16 takes six times as long as in float32, so ``auto`` is
-    the latter."""
+    """AsyncEngineArgs as a dict, without KV transfer and KV events. ``slow_bf16``: a prompt in bfloat16 takes six times
+    as long as in float32 here (``make bench-engine ARGS='--parts overhead --dtype ...'``), so ``auto`` is the latter.
+    """
+    dtype = "float32" if slow_bf16 and config.dtype == "auto" else config.dtype
     args: dict[str, Any] = {
         "model": config.model_path,
         "served_model_name": config.served_model,
         "max_model_len": config.max_model_len,
         "block_size": config.block_size,
-        "dtype": config.dtype if fast_bf16 or config.dtype != "auto" else "float32",
+        "dtype": dtype,
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
         "disable_log_stats": True,  # our own logger still gets them; vLLM's prints lines
@@ -106,7 +107,7 @@ def engine_args(
     if cpu:
         args |= {
             "enforce_eager": True,
-            "kv_cache_memory_bytes": _CPU_KV_BYTES,
+            "kv_cache_memory_bytes": _CPU_KV_BYTES * (2 if dtype == "float32" else 1),
             "max_num_batched_tokens": _CPU_CHUNK_TOKENS,
             "max_num_seqs": _CPU_SEQUENCES,
             "distributed_executor_backend": "tandem.engine.vllm_core.CpuExecutor",

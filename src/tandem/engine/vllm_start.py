@@ -11,12 +11,14 @@ import dataclasses
 import errno
 import fcntl
 import importlib
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tandem.engine import launcher
@@ -129,7 +131,8 @@ def _vllm_config(
     from vllm.platforms import current_platform
 
     cpu = current_platform.is_cpu()
-    args = engine_args(config, own, cpu=cpu, parent_pid=os.getpid(), fast_bf16=not cpu or multiplies_bf16())
+    slow_bf16 = cpu and config.dtype == "auto" and not _is_quantised(config.model_path) and not multiplies_bf16()
+    args = engine_args(config, own, cpu=cpu, parent_pid=os.getpid(), slow_bf16=slow_bf16)
     if unknown := set(args) - {f.name for f in dataclasses.fields(AsyncEngineArgs)}:
         raise ConfigError(f"vLLM has no engine argument {', '.join(sorted(unknown))}", param="engine_args")
     if cpu and args.get("enforce_eager"):
@@ -226,8 +229,16 @@ def _device_of(address: str) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """By oneDNN's own word, which does the CPU's matrix products: AVX-512 or better, or Arm's extension."""
+    """Whether oneDNN, which does the CPU's matrix products, is fast at it: AVX-512 or better, or Arm's extension."""
     return bool(importlib.import_module("torch").ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_quantised(model_path: str) -> bool:
+    """vLLM's kernels for these choose the type themselves."""
+    try:
+        return "quantization_config" in json.loads((Path(model_path) / "config.json").read_bytes())
+    except (OSError, ValueError):  # vLLM says what is wrong with it
+        return False
 
 
 def _check_room(vllm_config: Any) -> None:
@@ -244,7 +255,8 @@ def _check_room(vllm_config: Any) -> None:
     needed = 2 * layers * heads * model.get_head_size() * itemsize * (model.max_model_len + 2 * cache.block_size)
     if cache.cache_dtype == "auto" and needed > given:
         raise ConfigError(
-            f"kv_cache_memory_bytes is {given >> 20} MiB, but one sequence of max_model_len {model.max_model_len} "
-            f"needs {-(-needed >> 20)} MiB: raise kv_cache_memory_bytes in engine_args or lower max_model_len",
+            f"kv_cache_memory_bytes is {given >> 20} MiB, but one sequence of max_model_len {model.max_model_len} in "
+            f"{str(model.dtype).removeprefix('torch.')} needs {-(-needed >> 20)} MiB: raise kv_cache_memory_bytes in "
+            "engine_args or lower max_model_len",
             param="engine_args",
         )

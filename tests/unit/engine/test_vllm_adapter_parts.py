@@ -52,12 +52,13 @@ def test_cpu_settings_only_on_a_cpu() -> None:
 
 def test_auto_is_float32_where_bfloat16_is_slow_and_a_given_type_stands() -> None:
     given = dataclasses.replace(config(), dtype="bfloat16")
-    for asked, fast, expected in (
-        (config(), True, "auto"),
-        (config(), False, "float32"),
-        (given, False, "bfloat16"),
+    for asked, slow, expected, kv_mib in (
+        (config(), False, "auto", 512),
+        (config(), True, "float32", 1024),
+        (given, True, "bfloat16", 512),
     ):
-        assert engine_args(asked, {}, cpu=True, parent_pid=1, fast_bf16=fast)["dtype"] == expected
+        args = engine_args(asked, {}, cpu=True, parent_pid=1, slow_bf16=slow)
+        assert (args["dtype"], args["kv_cache_memory_bytes"] >> 20) == (expected, kv_mib)
 
 
 def test_a_block_size_that_the_cpu_kernel_lacks_is_named() -> None:
