@@ -27,7 +27,7 @@ from tandem.adapters.bus import Bus, Message
 from tandem.adapters.deployment import Liveness
 from tandem.adapters.grpc_server import open_channel
 from tandem.adapters.store import Counters, Found, Leases, PrefixIndex, Registry
-from tandem.core.effects import Place, Recall, Refuse
+from tandem.core.effects import Effect, Place, Recall, Refuse
 from tandem.core.holders import cached_by_worker
 from tandem.core.policy import Policy, RequestClass, Tenant
 from tandem.core.scheduler import Scheduler
@@ -35,6 +35,7 @@ from tandem.core.types import Explanation, Leg, Request, RequestKey, WorkerSpec
 from tandem.errors import (
     BusUnavailable,
     Cancelled,
+    InternalError,
     NoLeader,
     PayloadTooLarge,
     Refused,
@@ -454,21 +455,32 @@ class ModelRouter:
             if effects:
                 self._metrics.decisions.observe(self._now() - now)
             letters: dict[str, _Letter] = {}
-            try:
-                for effect in effects:
-                    match effect:
-                        case Place():
-                            self._place(effect, letters)
-                        case Refuse():
-                            self._refuse(effect.request.key, effect.error)
-                        case Recall():
-                            self._recall(effect.request.key)
-            finally:
-                for worker, letter in letters.items():
-                    self._send(worker, letter)
+            for effect in effects:
+                try:
+                    self._carry_out(effect, letters)
+                except Exception as error:  # of that one: the others are not to suffer for it
+                    self._loop.call_exception_handler({"message": "an effect failed", "exception": error})
+                    self._give_up(effect.request.key, error)
+            for worker, letter in letters.items():
+                self._send(worker, letter)
         at = self.scheduler.next_wakeup(now)
         if at is not None:
             self._wake_at(max(at, now + (0.001 if may_place else NOT_NOW_S)), now)
+
+    def _carry_out(self, effect: Effect, letters: dict[str, _Letter]) -> None:
+        match effect:
+            case Place():
+                self._place(effect, letters)
+            case Refuse():
+                self._refuse(effect.request.key, effect.error)
+            case Recall():
+                self._recall(effect.request.key)
+
+    def _give_up(self, key: RequestKey, error: Exception) -> None:
+        """Of a placement that failed on our side, unless it is in a letter already."""
+        submitted = self._submitted.get(key)
+        if submitted is not None and submitted.raw:
+            self._fail(key, InternalError(f"placing it failed: {error!r}"))
 
     def _wake_at(self, at: float, now: float) -> None:
         """One that is early does no harm: it is not moved to where it would be due."""
@@ -487,7 +499,7 @@ class ModelRouter:
         """``letters``: to each worker, what this look has placed there so far."""
         key, plan, now = effect.request.key, effect.plan, self._now()
         submitted = self._submitted[key]
-        first, leg = plan.first_worker, plan.leg
+        first, leg, wire_leg = plan.first_worker, plan.leg, codec.leg_to_wire(plan.leg)
         decode = self.fleet.members[plan.decode_worker].spec.address if leg is Leg.PREFILL else None
         letter = letters.get(first)
         if letter is not None and letter.size + len(submitted.raw) > MOST_BYTES:
@@ -500,7 +512,7 @@ class ModelRouter:
         assignment = letter.message.assignments.add()  # in its place: a message given to another is copied
         assignment.epoch = self.leadership.epoch
         assignment.router = self._router
-        assignment.leg = codec.leg_to_wire(leg)
+        assignment.leg = wire_leg
         assignment.submit = submitted.raw
         assignment.predicted_cached_tokens = effect.cached_tokens
         assignment.priority = effect.priority

@@ -26,7 +26,7 @@ from tandem.adapters.memory_store import MemoryCounters, MemoryLeases, MemoryPre
 from tandem.adapters.store import Found
 from tandem.core.policy import Policy, RequestClass
 from tandem.core.scheduler import Scheduler
-from tandem.core.types import RequestKey, Role, SamplingParams, WorkerAddress, WorkerSpec
+from tandem.core.types import Leg, RequestKey, Role, SamplingParams, WorkerAddress, WorkerSpec
 from tandem.telemetry import spans
 from tandem.telemetry.instruments import Instruments
 from tandem.telemetry.tracing import Tracing
@@ -249,6 +249,25 @@ async def test_a_submit_that_cannot_be_read_hinders_no_other(world: World) -> No
     world.bus.publish(subjects.requests("c", "m", "r"), submits.SerializeToString())
     await world.until(lambda: len(world.work["w"]) == 2, "assignments")
     assert [bus_pb2.Submit.FromString(a.submit).rid for a in world.work["w"]] == [1, 2]
+
+
+async def test_a_placement_that_fails_hinders_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.worker("w")
+    leg_to_wire, left = codec.leg_to_wire, ["fails"]
+
+    def once(leg: Leg) -> bus_pb2.Leg:
+        if left:
+            raise KeyError(left.pop())
+        return leg_to_wire(leg)
+
+    monkeypatch.setattr(codec, "leg_to_wire", once)
+    keys = [world.submit(rid) for rid in (1, 2)]
+    await world.until(lambda: world.rejects and world.work["w"], "one refused, one placed")
+    (refused,), (placed,) = world.rejects, world.work["w"]
+    assert world.rejects[refused] == "internal_error"
+    assert bus_pb2.Submit.FromString(placed.submit).rid == 3 - refused
+    world.event(keys[2 - refused], bus_pb2.PHASE_FINISHED)
+    await world.nothing_kept()
 
 
 async def test_a_message_has_room_for_so_many_prompts(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
