@@ -191,3 +191,9 @@ def test_an_allocator_that_does_not_load_is_done_without(tmp_path: Path) -> None
 def test_who_preloads_an_allocator_has_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LD_PRELOAD", "")
     assert not redis_command(port=free_port(), folder=tmp_path).env
+
+
+def test_a_port_that_somebody_will_take_is_not_free() -> None:
+    last = free_port()
+    coming = range(last + 1, last + 50)
+    assert free_port(but=coming) not in coming

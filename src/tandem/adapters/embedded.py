@@ -22,7 +22,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import resources
@@ -66,10 +66,13 @@ _SOCKET_PATH_BYTES = 108
 _turns = itertools.count(secrets.randbelow(len(_PORTS)))
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on right now; another one at each call."""
+def free_port(*, but: Container[int] = ()) -> int:
+    """A TCP port of the loopback interface that nobody listens on right now, nor will (``but``); another one at each
+    call."""
     for turn in itertools.islice(_turns, len(_PORTS)):
         port = _PORTS[turn % len(_PORTS)]
+        if port in but:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((HOST, port))
             return port

@@ -99,6 +99,15 @@ class Surroundings:
         }
 
 
+def named_ports(deployment: Deployment) -> frozenset[int]:
+    """Those that the deployment names: nothing else may take one of them before its owner does."""
+    http, grpc = deployment.http.port, deployment.grpc.port
+    frontends, processes = deployment.frontends, deployment.processes
+    return frozenset(
+        {*range(http, http + frontends), *range(grpc, grpc + frontends * processes), deployment.console.port}
+    )
+
+
 def services_of(deployment: Deployment, around: Surroundings) -> list[Service]:
     """Routers, workers, frontends, console: in the order in which they are listed, not started."""
     routers = [_router(n, deployment, around) for n in range(deployment.routers)]

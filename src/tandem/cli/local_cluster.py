@@ -15,13 +15,14 @@ import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from tandem.adapters.deployment import Deployment
 from tandem.adapters.embedded import ServerCommand, free_port, nats_command, redis_command
 from tandem.adapters.processes import run_directly
 from tandem.adapters.readiness import Probe, grpc_serving, http_ok
 from tandem.adapters.supervision import Child, ProcessSpec, RestartPolicy, State, Supervisor
-from tandem.cli.cluster import DRAIN_S, Kind, Service, Surroundings, reachable, services_of
+from tandem.cli.cluster import DRAIN_S, Kind, Service, Surroundings, named_ports, reachable, services_of
 from tandem.cli.control import workers
 from tandem.cli.launch import QUIET_ENGINE, ForkedWorkers
 from tandem.cli.rundir import DEPLOYMENT, ClusterState, ProcessState, RunDir
@@ -77,11 +78,12 @@ class LocalCluster:
         self._on_note = on_note
         self._ready = False
         self._servers: list[ServerCommand] = []
+        unnamed_port = partial(free_port, but=named_ports(deployment))
         if not sources.nats_url:
-            self._servers.append(nats_command(port=free_port(), store_dir=run_dir.kept / "jetstream"))
+            self._servers.append(nats_command(port=unnamed_port(), store_dir=run_dir.kept / "jetstream"))
         if not sources.redis_url:
             # Not in the run folder: that may go when its user logs out (XDG_RUNTIME_DIR), and the cluster stay.
-            self._servers.append(redis_command(port=free_port(), folder=run_dir.kept))
+            self._servers.append(redis_command(port=unnamed_port(), folder=run_dir.kept))
         urls = {server.name: server.url for server in self._servers}
         deployment_file = run_dir.path / DEPLOYMENT
         deployment_file.write_text(deployment.to_yaml())
@@ -91,7 +93,7 @@ class LocalCluster:
             redis_url=sources.redis_url or urls["redis"],
             log_level=sources.log_level,
             worker_dir=run_dir.folder,
-            free_port=free_port,
+            free_port=unnamed_port,
             console_token=sources.console_token,
         )
         self.services = {service.name: service for service in services_of(deployment, self._around)}

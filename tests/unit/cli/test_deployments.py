@@ -9,7 +9,7 @@ import pytest
 
 from tandem.adapters import deployment as deployment_file
 from tandem.adapters.deployment import Deployment, PoolRole
-from tandem.cli.cluster import Kind, Service, Surroundings, foreign_environment, services_of
+from tandem.cli.cluster import Kind, Service, Surroundings, foreign_environment, named_ports, services_of
 from tandem.cli.deployments import Overrides, default, overridden, with_paths
 from tandem.errors import ConfigError
 
@@ -52,6 +52,12 @@ def test_replicas_and_ports_from_the_command_line() -> None:
     assert names == ["router", "prefill-1", "prefill-2", "decode-1", "decode-2", "decode-3", "frontend", "console"]
     assert (changed.http.port, changed.grpc.port, changed.cluster) == (8100, 9100, "x")
     assert overridden(default(), Overrides()) == default()
+
+
+def test_ports_that_a_deployment_names_are_its_frontends_and_its_consoles() -> None:
+    text = TWO_MODELS + "http: {port: 21000}\ngrpc: {port: 22000}\nprocesses: 3\nconsole: {port: 23000}\n"
+    named = named_ports(deployment_file.parse(text))
+    assert named == {21000, 21001, *range(22000, 22006), 23000}
 
 
 def test_another_engine_does_not_get_the_arguments_of_this_one() -> None:
