@@ -1,11 +1,14 @@
 """CPU of the hot path without sockets and other processes: the frontend from a request's bytes to its answer's, the
 router from a Submit to its Assignment; and both as ratios to a fixed yardstick in the same process.
 
-    python -m bench.hot_path [--requests 300] [--profile]
+    python -m bench.hot_path [--requests 300] [--profile ISL/OSL/BURST | --alone]
 
 Everything is as `tandem up` has it (authentication, metrics, tracing as by default, deadlines); a stand-in of the bus
 plays the rest of the cluster, outside what is timed. CPU time, not wall time: other work on the machine hardly shows,
 and the ratio to the yardstick hardly depends on the machine. tests/unit/test_hot_path.py holds the ratios.
+
+``--alone``: what one request takes that comes by itself, by what came before it. A process that has slept finds its
+caches, its branch predictors and its translations of addresses cold, and this is what that costs.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import asyncio
 import cProfile
 import hashlib
 import json
+import mmap
 import pstats
 import random
+import statistics
 import sys
 import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +129,10 @@ class FrontendPath:
         message = Message(subjects.leader("c", MODEL), announcement.SerializeToString())
         self.bus.handlers[subjects.all_leaders("c")](message)
 
-    async def run(self, *, isl: int, osl: int, batch: int, burst: int) -> float:
-        """CPU seconds per request."""
+    async def run(
+        self, *, isl: int, osl: int, batch: int, burst: int, before: Callable[[], object] = lambda: None
+    ) -> float:
+        """CPU seconds per request. ``before`` each message that comes, that is called, outside what is timed."""
         requests = [self._request(isl, osl) for _ in range(batch)]
         self._lead()
         self.bus.submits.clear()
@@ -132,6 +140,7 @@ class FrontendPath:
         connections = [self._connection() for _ in range(batch)]
         for connection, socket in zip(connections, sockets, strict=True):
             connection.connection_made(socket)
+        before()
         spent = await _timed(lambda: [c.data_received(r) for c, r in zip(connections, requests, strict=True)],
                              lambda: len(self.bus.submits) >= batch, self._lead)  # fmt: skip
         frames = self._frames([bus_pb2.Submit.FromString(data) for data in self.bus.submits], osl, burst)
@@ -146,6 +155,7 @@ class FrontendPath:
             def ended() -> bool:
                 return all(socket.written.endswith(b"0\r\n\r\n") for socket in sockets)
 
+            before()
             spent += await _timed(lambda message=message: deliver(message),  # type: ignore[misc]
                                   ended if frame is frames[-1] else written, self._lead)  # fmt: skip
         for connection, socket in zip(connections, sockets, strict=True):
@@ -226,6 +236,44 @@ async def frontend_figures(count: int, *, tokenizer: str = "auto") -> dict[str, 
         await path.close()
 
 
+def _huge(size: int) -> mmap.mmap:
+    """Zeros in huge pages, where the system has them: reading them takes the place of few translations."""
+    area = mmap.mmap(-1, size)
+    area.madvise(mmap.MADV_HUGEPAGE)
+    area.write(bytes(size))
+    return area
+
+
+def _drop_translations() -> None:
+    """Unmaps so much that the kernel drops all of the process's translations at once."""
+    with mmap.mmap(-1, 1 << 20) as area:
+        for page in range(0, len(area), mmap.PAGESIZE):
+            area[page] = 1
+
+
+#: What may come before a message. A core's second-level cache holds less than what is read.
+_BETWEEN: dict[str, Callable[[], object]] = {
+    "at once": lambda: None,
+    "4 MB read": partial(_huge(8 << 20).find, b"x", 0, 4 << 20),
+    "translations dropped": _drop_translations,
+    **{f"{ms} ms asleep": partial(time.sleep, ms / 1e3) for ms in (1, 2, 5, 10)},
+}
+
+
+async def alone_figures(count: int) -> dict[str, float]:
+    """Microseconds of CPU of a request that is alone, 128/32, all tokens in one frame: the median of each kind."""
+    path = FrontendPath(resolve_model(MODEL, weights=False, progress=lambda line: None))
+    await path.open()
+    try:
+        found: dict[str, float] = {}
+        for name, before in _BETWEEN.items():
+            spent = [await path.run(isl=128, osl=32, batch=1, burst=32, before=before) for _ in range(50 + count)]
+            found[name] = 1e6 * statistics.median(spent[50:])
+        return found
+    finally:
+        await path.close()
+
+
 async def _profile(isl: int, osl: int, burst: int) -> None:
     path = FrontendPath(resolve_model(MODEL, weights=False))
     await path.open()
@@ -244,10 +292,15 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--tokenizer", default="auto", choices=("auto", "hf"))
     parser.add_argument("--profile", metavar="ISL/OSL/BURST", help="cProfile of such requests instead")
+    parser.add_argument("--alone", action="store_true", help="one request at a time, by what came before it, instead")
     options = parser.parse_args()
     collect_rarely()
     if options.profile:
         uvloop.run(_profile(*map(int, options.profile.split("/"))))
+        return
+    if options.alone:
+        for name, value in uvloop.run(alone_figures(options.requests)).items():
+            print(f"frontend 128/32 alone, {name:22} {value:8.0f} us/request")
         return
     figures = uvloop.run(frontend_figures(options.requests, tokenizer=options.tokenizer))
     unit = figures.pop("yardstick")

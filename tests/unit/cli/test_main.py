@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tandem import compiled
 from tandem.cli import main
 
 ENGINE_MODULES = ("vllm", "torch", "transformers")
@@ -65,6 +67,26 @@ def test_the_wrong_python_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.dispatch(["version", "-v"]) == 0
     assert capsys.readouterr().out.startswith("tandem ")
+
+
+def test_version_says_whether_the_core_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    monkeypatch.setattr(compiled, "STORE", store)
+    monkeypatch.setattr(compiled, "folder", lambda: store / "of these sources")
+
+    def core() -> str:
+        assert main.dispatch(["version", "-v"]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert core().startswith("decision core: Python: nobody has compiled it")
+    (store / "of others").mkdir(parents=True)
+    assert core().startswith("decision core: Python: its sources have changed")
+    compiled.folder().mkdir()
+    assert core() == "decision core: compiled"
+    monkeypatch.setitem(sys._xoptions, "tandem-interpreted", True)
+    assert core().startswith("decision core: Python, as")
 
 
 def test_starting_imports_no_engine() -> None:
