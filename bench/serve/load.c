@@ -311,9 +311,10 @@ int main(int count, char **words) {
         if (open_loop && now > end_us) { due_count = 0; wanted = issued; }
         if (now > end_us + 60000000ull) break;  // what has not answered by now is left out, and missed by the reader
         while (due_count && dues[0].at <= now) start(free_connection(), due_pop());
-        int wait_ms = 100;
-        if (due_count && dues[0].at < now + 100000) wait_ms = dues[0].at <= now ? 0 : (dues[0].at - now) / 1000;
-        int ready = epoll_wait(poller, events, 256, wait_ms);
+        uint64_t wait_us = 100000;
+        if (due_count && dues[0].at < now + wait_us) wait_us = dues[0].at <= now ? 0 : dues[0].at - now;
+        struct timespec wait = {0, wait_us * 1000};  // in whole milliseconds it would spin through the last one
+        int ready = epoll_pwait2(poller, events, 256, &wait, 0);
         for (int i = 0; i < ready; i++) {
             Connection *c = events[i].data.ptr;
             if (c->fd < 0) continue;
