@@ -236,14 +236,6 @@ async def frontend_figures(count: int, *, tokenizer: str = "auto") -> dict[str, 
         await path.close()
 
 
-def _huge(size: int) -> mmap.mmap:
-    """Zeros in huge pages, where the system has them: reading them takes the place of few translations."""
-    area = mmap.mmap(-1, size)
-    area.madvise(mmap.MADV_HUGEPAGE)
-    area.write(bytes(size))
-    return area
-
-
 def _drop_translations() -> None:
     """Unmaps so much that the kernel drops all of the process's translations at once."""
     with mmap.mmap(-1, 1 << 20) as area:
@@ -251,13 +243,17 @@ def _drop_translations() -> None:
             area[page] = 1
 
 
-#: What may come before a message. A core's second-level cache holds less than what is read.
-_BETWEEN: dict[str, Callable[[], object]] = {
-    "at once": lambda: None,
-    "4 MB read": partial(_huge(8 << 20).find, b"x", 0, 4 << 20),
-    "translations dropped": _drop_translations,
-    **{f"{ms} ms asleep": partial(time.sleep, ms / 1e3) for ms in (1, 2, 5, 10)},
-}
+def _between() -> dict[str, Callable[[], object]]:
+    """What may come before a message."""
+    area = mmap.mmap(-1, 8 << 20)  # a core's second-level cache holds less
+    area.madvise(mmap.MADV_HUGEPAGE)  # reading these takes the place of few translations
+    area.write(bytes(len(area)))
+    return {
+        "at once": lambda: None,
+        "4 MB read": partial(area.find, b"x", 0, 4 << 20),
+        "translations dropped": _drop_translations,
+        **{f"{ms} ms asleep": partial(time.sleep, ms / 1e3) for ms in (1, 2, 5, 10)},
+    }
 
 
 async def alone_figures(count: int) -> dict[str, float]:
@@ -266,7 +262,7 @@ async def alone_figures(count: int) -> dict[str, float]:
     await path.open()
     try:
         found: dict[str, float] = {}
-        for name, before in _BETWEEN.items():
+        for name, before in _between().items():
             spent = [await path.run(isl=128, osl=32, batch=1, burst=32, before=before) for _ in range(50 + count)]
             found[name] = 1e6 * statistics.median(spent[50:])
         return found
