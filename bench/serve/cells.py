@@ -99,7 +99,9 @@ def _words(vocabulary: Sequence[str], count: int, rng: random.Random) -> str:
 WORKLOADS = {"prefixes": shared_prefixes, "chats": conversations}
 
 
-def _grid(engines: Engines, isl: int, osl: int, counts: dict[int, int], *, ordinary: bool) -> list[Cell]:
+def _grid(
+    engines: Engines, isl: int, osl: int, counts: dict[int, int], *, ordinary: bool = True, seconds: float = 2.0
+) -> list[Cell]:
     return [
         Cell(
             engines=engines,
@@ -107,6 +109,7 @@ def _grid(engines: Engines, isl: int, osl: int, counts: dict[int, int], *, ordin
             osl=osl,
             concurrency=concurrency,
             count=count,
+            seconds=seconds,
             quick_ack=quick_ack,
             hf_too=quick_ack and concurrency == 64 and engines is ZERO,
         )
@@ -116,16 +119,16 @@ def _grid(engines: Engines, isl: int, osl: int, counts: dict[int, int], *, ordin
 
 
 ALL: list[Cell] = [
-    *_grid(ZERO, 128, 32, {1: 3000, 16: 14_000, 64: 16_000, 256: 16_000}, ordinary=True),
-    *_grid(ZERO, 1024, 128, {1: 1200, 16: 4000, 64: 5000, 256: 5000}, ordinary=True),
+    *_grid(ZERO, 128, 32, {1: 3000, 16: 14_000, 64: 16_000, 256: 16_000}),
+    *_grid(ZERO, 1024, 128, {1: 1200, 16: 4000, 64: 5000, 256: 5000}),
     *_grid(ZERO, 8000, 200, {1: 200, 16: 800}, ordinary=False),
     Cell(engines=ZERO, isl=64, osl=8, concurrency=1, count=4000, stream=False, quick_ack=False),
     Cell(engines=ZERO, isl=64, osl=8, concurrency=64, count=20_000, stream=False, quick_ack=False),
-    Cell(engines=PACED, isl=128, osl=32, concurrency=1, count=50, seconds=3),
-    Cell(engines=PACED, isl=128, osl=32, concurrency=64, count=1200, seconds=4),
-    Cell(engines=PACED, isl=128, osl=32, rate=150, seconds=5),
-    Cell(engines=PACED, isl=128, osl=32, rate=250, seconds=5),
-    Cell(engines=PACED, isl=1024, osl=128, rate=30, seconds=6),
+    *_grid(PACED, 128, 32, {1: 50, 16: 300, 64: 1200, 256: 4500}, seconds=4),
+    *_grid(PACED, 1024, 128, {1: 10, 16: 100, 64: 400, 256: 1500}, seconds=6),
+    # The same in an open loop, with some 48 and 80, 38 and 77 in flight: nobody waits for anybody else's end.
+    *(Cell(engines=PACED, isl=128, osl=32, rate=rate, seconds=5) for rate in (150, 250)),
+    *(Cell(engines=PACED, isl=1024, osl=128, rate=rate, seconds=6) for rate in (30, 60)),
     Cell(engines=SMALL_CACHES, workload="prefixes", rate=20, seconds=120),
     Cell(engines=SMALL_CACHES, workload="chats", rate=4, seconds=120),
 ]

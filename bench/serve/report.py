@@ -127,10 +127,16 @@ GOALS: list[Goal] = [
     Goal("CPU of frontend + router, over Dynamo's frontend", LONG, routing_cpu, 0.15),
     Goal("CPU of frontend + router, over Dynamo's frontend", "zero 1024/128 c256", routing_cpu, 0.15),
     Goal("the same with HF's tokenizers", LONG, routing_cpu, 0.65, ours="tandem-hf"),
-    Goal("the same, steps of 10 ms at equal concurrency", "paced 128/32 c64", routing_cpu, 0.4),
-    Goal("the same, steps of 10 ms at equal load", "paced 128/32 150/s", routing_cpu, 0.4),
-    Goal("the same, steps of 10 ms at equal load", "paced 128/32 250/s", routing_cpu, 0.4),
-    Goal("the same, steps of 10 ms at equal load", "paced 1024/128 30/s", routing_cpu, 0.4),
+    *(
+        Goal("the same, steps of 10 ms at equal concurrency", f"paced {shape} c{concurrency}{client}", routing_cpu, 0.4)
+        for shape in ("128/32", "1024/128")
+        for concurrency in (64, 256)
+        for client in ("", " ordinary")
+    ),
+    *(
+        Goal("the same, steps of 10 ms at equal requests/s", f"paced {load}/s", routing_cpu, 0.4)
+        for load in ("128/32 150", "128/32 250", "1024/128 30", "1024/128 60")
+    ),
     Goal("requests/s of the whole stack, over Dynamo's", SHORT, _rate, 4.0, at_least=True),
     Goal("requests/s of the whole stack, over Dynamo's", LONG, _rate, 5.0, at_least=True),
     Goal("the same with HF's tokenizers", LONG, _rate, 1.2, at_least=True, ours="tandem-hf"),
