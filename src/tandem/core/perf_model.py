@@ -4,12 +4,14 @@
     t_decode_step  = d0 + d1*B + d2*K                              a step of decodes only
 
 n new prompt tokens, ``context`` the tokens before each of them, B sequences in the batch, K KV tokens that the decodes
-read. Seconds and tokens. Coefficients start from a named profile and are corrected by recursive least squares on the
-*relative* error, so that a short and a long step count alike and one set of settings serves a 5 ms GPU step and a 5 s
-CPU step. Corrections are multipliers of the profile's terms, kept within [1/20, 20]: a term never turns negative, and
-one that the traffic does not exercise stays near the profile, or moves with the others when all of a worker is slower.
-A timing far from the prediction moves the
-model only as far as a clipped one would: a stolen CPU second is an outlier, a slower GPU shows in every step.
+read. Seconds and tokens. Coefficients start from a named profile, and each has a multiplier that is learnt: its
+logarithm is a state of an extended Kalman filter (recursive least squares that forgets), which measures logarithms of
+step times. So a step that is half as long as predicted counts like one that is twice as long, a 5 ms GPU step like a
+5 s CPU step, no term turns negative, and a term moves by its share of the prediction: one that the traffic does not
+exercise stays near the profile, or moves with the others when all of a worker is slower. Multipliers stay within
+[1/20, 100]: a smaller one would have no share by which to come back. A timing that neither the model's own doubt nor
+the usual noise explains counts for less, the less likely it is: a stolen CPU second is an outlier, the first steps of a
+worker whose profile is wrong are not.
 
 Predictions are *not* inflated here; the caller multiplies by ``Policy.inflation``.
 """
@@ -23,43 +25,47 @@ from dataclasses import dataclass
 from tandem.core.profiles import Profile
 from tandem.core.types import StepTiming
 
-#: Multipliers of the profile's terms stay within [1/LIMIT, LIMIT].
-LIMIT = 20.0
-_LEAST = 1.0 / LIMIT
+#: Multipliers of the profile's terms stay within these.
+LEAST, MOST = 1.0 / 20.0, 100.0
 #: Weight that a timing keeps after one more has come.
 _FORGET = 0.995
 _FORGET_SQRT = _FORGET**0.5
-#: Prior variance of each multiplier: about how wrong (relative) a profile's term may be.
-_PRIOR_VARIANCE = 0.25
+#: Prior variance of each multiplier's logarithm: a profile's term may well be wrong by a factor of e.
+_PRIOR_VARIANCE = 1.0
 #: Below it a variance shows that something has been learnt, which may be forgotten again.
 _MOST_LEARNT = _PRIOR_VARIANCE * _FORGET
-#: A relative residual is clipped to this many times the stated error, and never below the floor.
-_CLIP_ERRORS = 3.0
-_CLIP_FLOOR = 0.25
+#: Noise of a timing (standard deviation of its logarithm): at first, what may be added by a wrong model at most, and
+#: variance below which nobody believes it.
+_FIRST_NOISE, _MOST_NOISE, _LEAST_VARIANCE = 0.1, 0.3, 0.01
+#: Residuals of more than so many standard deviations are outliers.
+_OUTLIER = 3.0
+#: One timing changes a multiplier by a factor of e at most.
+_LONGEST_STEP = 1.0
 _ERROR_MEMORY = 0.03
 #: No engine step is shorter; what says so is a broken clock.
 _SHORTEST_S = 1e-6
-#: Share of a residual that moves all terms alike.
-_SHARED_RATE = 0.03
+#: Share of what a timing leaves unexplained that moves all terms alike, and the most that counts of it.
+_SHARED_RATE, _MOST_SHARED = 0.03, 0.25
 
 
 #: Terms of a model. One that has fewer leaves the rest without contributions: those then move nothing.
 _Terms = tuple[float, float, float, float]
 
 
-class _Regression:
-    """Recursive least squares for y = sum_i theta_i * x_i on relative residuals; theta starts at 1.
+class _Filter:
+    """log y = log sum_i theta_i * x_i, for the logarithms of theta, which start at 0.
 
     Written out for four terms: a router learns from every worker many times a second. ``_cov`` is the upper triangle of
     the covariance, row by row.
     """
 
-    __slots__ = ("_cov", "count", "error", "theta")
+    __slots__ = ("_cov", "_noise", "count", "error", "theta")
 
     def __init__(self, error: float) -> None:
         self.theta: _Terms = (1.0, 1.0, 1.0, 1.0)
         v = _PRIOR_VARIANCE
         self._cov = (v, 0.0, 0.0, 0.0, v, 0.0, 0.0, v, 0.0, v)
+        self._noise = _FIRST_NOISE
         self.error = error
         self.count = 0
 
@@ -70,63 +76,67 @@ class _Regression:
         predicted = t0 * c0 + t1 * c1 + t2 * c2 + t3 * c3
         if predicted <= 0.0:
             return
-        # Divided by the measurement the target is 1 and every residual is relative.
-        longer = max(measured, predicted)
-        residual = (measured - predicted) / longer
-        clip = max(_CLIP_FLOOR, _CLIP_ERRORS * self.error)
-        clipped = max(-clip, min(clip, residual))
-        scale = 1.0 / longer
-        x0, x1, x2, x3 = c0 * scale, c1 * scale, c2 * scale, c3 * scale
+        # How the prediction's logarithm moves with each multiplier's: by the share that its term has.
+        x0, x1, x2, x3 = t0 * c0 / predicted, t1 * c1 / predicted, t2 * c2 / predicted, t3 * c3 / predicted
         v00, v01, v02, v03, v11, v12, v13, v22, v23, v33 = self._cov
         g0 = v00 * x0 + v01 * x1 + v02 * x2 + v03 * x3
         g1 = v01 * x0 + v11 * x1 + v12 * x2 + v13 * x3
         g2 = v02 * x0 + v12 * x1 + v22 * x2 + v23 * x3
         g3 = v03 * x0 + v13 * x1 + v23 * x2 + v33 * x3
-        # Expected noise of a timing sets how fast certainty grows.
-        noise = 0.01 + self.error * self.error
-        denominator = noise + (x0 * g0 + x1 * g1 + x2 * g2 + x3 * g3)
-        t0, t1, t2, t3 = _bounded(
-            (
-                t0 + g0 * clipped / denominator,
-                t1 + g1 * clipped / denominator,
-                t2 + g2 * clipped / denominator,
-                t3 + g3 * clipped / denominator,
-            )
+        doubt = x0 * g0 + x1 * g1 + x2 * g2 + x3 * g3
+        noise = _LEAST_VARIANCE + self._noise * self._noise
+        residual = math.log(measured / predicted)
+        unlikely = residual * residual / (_OUTLIER * _OUTLIER * (noise + doubt))
+        if unlikely > 1.0:
+            noise *= unlikely
+        variance = noise + doubt
+        step = residual / variance
+        t0, t1, t2, t3 = (
+            t0 * _factor(g0 * step),
+            t1 * _factor(g1 * step),
+            t2 * _factor(g2 * step),
+            t3 * _factor(g3 * step),
         )
-        # What one step of least squares left over, all terms share: a whole worker is slower, or faster, sooner than
-        # one of its terms is. This follows a drift after the covariance has become small.
+        t0, t1, t2, t3 = _bounded((t0, t1, t2, t3))
+        # What that left over, all terms share: a whole worker is slower, or faster, sooner than one of its terms is.
+        # This follows a drift after the covariance has become small.
         left_over = math.log(measured / (t0 * c0 + t1 * c1 + t2 * c2 + t3 * c3))
-        shared = math.exp(_SHARED_RATE * max(-clip, min(clip, left_over)))
+        shared = math.exp(_SHARED_RATE * max(-_MOST_SHARED, min(_MOST_SHARED, left_over)))
         self.theta = _bounded((t0 * shared, t1 * shared, t2 * shared, t3 * shared))
-        self._gain_certainty(g0, g1, g2, g3, denominator)
+        self._gain_certainty(g0, g1, g2, g3, variance)
+        self._noise += _ERROR_MEMORY * (min(abs(left_over), _MOST_NOISE) - self._noise)
         self.error += _ERROR_MEMORY * (min(abs(measured - predicted) / predicted, 1.0) - self.error)
         self.count += 1
 
-    def _gain_certainty(self, g0: float, g1: float, g2: float, g3: float, denominator: float) -> None:
+    def _gain_certainty(self, g0: float, g1: float, g2: float, g3: float, variance: float) -> None:
         """Forgets only what has been learnt: a direction without news never becomes less certain than the prior."""
         v00, v01, v02, v03, v11, v12, v13, v22, v23, v33 = self._cov
-        v00 -= g0 * g0 / denominator
-        v11 -= g1 * g1 / denominator
-        v22 -= g2 * g2 / denominator
-        v33 -= g3 * g3 / denominator
+        v00 -= g0 * g0 / variance
+        v11 -= g1 * g1 / variance
+        v22 -= g2 * g2 / variance
+        v33 -= g3 * g3 / variance
         k0 = _FORGET_SQRT if v00 < _MOST_LEARNT else 1.0
         k1 = _FORGET_SQRT if v11 < _MOST_LEARNT else 1.0
         k2 = _FORGET_SQRT if v22 < _MOST_LEARNT else 1.0
         k3 = _FORGET_SQRT if v33 < _MOST_LEARNT else 1.0
         self._cov = (
-            v00 / k0 / k0, (v01 - g0 * g1 / denominator) / k0 / k1, (v02 - g0 * g2 / denominator) / k0 / k2,
-            (v03 - g0 * g3 / denominator) / k0 / k3, v11 / k1 / k1, (v12 - g1 * g2 / denominator) / k1 / k2,
-            (v13 - g1 * g3 / denominator) / k1 / k3, v22 / k2 / k2, (v23 - g2 * g3 / denominator) / k2 / k3,
+            v00 / k0 / k0, (v01 - g0 * g1 / variance) / k0 / k1, (v02 - g0 * g2 / variance) / k0 / k2,
+            (v03 - g0 * g3 / variance) / k0 / k3, v11 / k1 / k1, (v12 - g1 * g2 / variance) / k1 / k2,
+            (v13 - g1 * g3 / variance) / k1 / k3, v22 / k2 / k2, (v23 - g2 * g3 / variance) / k2 / k3,
             v33 / k3 / k3,
         )  # fmt: skip
+
+
+def _factor(step: float) -> float:
+    return math.exp(max(-_LONGEST_STEP, min(_LONGEST_STEP, step)))
 
 
 def _bounded(theta: _Terms) -> _Terms:
     """Within the limits of a multiplier."""
     a, b, c, d = theta
-    if _LEAST <= a <= LIMIT and _LEAST <= b <= LIMIT and _LEAST <= c <= LIMIT and _LEAST <= d <= LIMIT:
+    if LEAST <= a <= MOST and LEAST <= b <= MOST and LEAST <= c <= MOST and LEAST <= d <= MOST:
         return theta
-    a, b, c, d = (max(_LEAST, min(LIMIT, t)) for t in theta)
+    a, b, c, d = (max(LEAST, min(MOST, t)) for t in theta)
     return a, b, c, d
 
 
@@ -147,8 +157,8 @@ class PerfModel:
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile
-        self._prefill = _Regression(profile.relative_error)
-        self._decode = _Regression(profile.relative_error)
+        self._prefill = _Filter(profile.relative_error)
+        self._decode = _Filter(profile.relative_error)
         self._apply()
 
     def _apply(self) -> None:
