@@ -100,7 +100,7 @@ WORKLOADS = {"prefixes": shared_prefixes, "chats": conversations}
 
 
 def _grid(
-    engines: Engines, isl: int, osl: int, counts: dict[int, int], *, ordinary: bool = True, seconds: float = 2.0
+    engines: Engines, isl: int, osl: int, counts: dict[int, int], *, stream: bool = True, seconds: float = 2.0
 ) -> list[Cell]:
     return [
         Cell(
@@ -110,20 +110,20 @@ def _grid(
             concurrency=concurrency,
             count=count,
             seconds=seconds,
+            stream=stream,
             quick_ack=quick_ack,
-            hf_too=quick_ack and concurrency == 64 and engines is ZERO,
+            hf_too=quick_ack and concurrency == 64 and engines is ZERO and stream,
         )
         for concurrency, count in counts.items()
-        for quick_ack in ((True, False) if ordinary else (True,))
+        for quick_ack in (True, False)
     ]
 
 
 ALL: list[Cell] = [
     *_grid(ZERO, 128, 32, {1: 3000, 16: 14_000, 64: 16_000, 256: 16_000}),
     *_grid(ZERO, 1024, 128, {1: 1200, 16: 4000, 64: 5000, 256: 5000}),
-    *_grid(ZERO, 8000, 200, {1: 200, 16: 800}, ordinary=False),
-    Cell(engines=ZERO, isl=64, osl=8, concurrency=1, count=4000, stream=False, quick_ack=False),
-    Cell(engines=ZERO, isl=64, osl=8, concurrency=64, count=20_000, stream=False, quick_ack=False),
+    *_grid(ZERO, 8000, 200, {1: 200, 16: 800}),
+    *_grid(ZERO, 64, 8, {1: 4000, 64: 20_000}, stream=False),
     *_grid(PACED, 128, 32, {1: 50, 16: 300, 64: 1200, 256: 4500}, seconds=4),
     *_grid(PACED, 1024, 128, {1: 10, 16: 100, 64: 400, 256: 1500}, seconds=6),
     # The same in an open loop, with some 48 and 80, 38 and 77 in flight: nobody waits for anybody else's end.
